@@ -1,0 +1,115 @@
+"""Greedy answers: the sample question before and after training, and `ask`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import console, data, engines, folder, hub
+from finetune.errors import SettingsError
+from finetune.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def prompt_for(question: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, messages: bool) -> str:
+    """What the model is given: the training template up to its answer, or its own chat format."""
+    if messages:
+        turns = [{"role": "user", "content": question}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return data.template(settings).prompt(question)
+
+
+def sample(
+    engine: engines.Engine, model: Any, tokenizer: PreTrainedTokenizerBase, messages: bool, settings: Settings
+) -> Callable[[str], str]:
+    """A function that asks `model` SAMPLE_QUESTION, and says whether before or after training; "" where nothing is asked."""
+    prompt = prompt_for(settings.sample_question, tokenizer, settings, messages)
+
+    def ask(when: str) -> str:
+        if not settings.max_new_tokens:
+            return ""
+        console.phase("asking", f"asking the sample question {when} training")
+        with engine.answering(model):
+            return answer(model, tokenizer, prompt, settings.max_new_tokens)
+
+    return ask
+
+
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int, show: bool = False) -> str:
+    """The model's greedy continuation of `prompt`, at most `limit` new tokens, without special tokens.
+
+    show: print it as it comes.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    begun = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+    inputs = tokenizer(prompt, add_special_tokens=not begun, return_tensors="pt").to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+    autocast: Any = nullcontext()
+    if model.device.type == "cuda" and _dtype(model) is not torch.float32:
+        autocast = torch.autocast("cuda", _dtype(model))  # the adapter is float32, the base is not
+    ends = {tokenizer.eos_token_id, *_ids(getattr(model.generation_config, "eos_token_id", None))}
+    with torch.inference_mode(), autocast:
+        produced = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=limit, do_sample=False,
+            temperature=None, top_p=None, top_k=None, use_cache=True, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(ends), streamer=streamer,
+        )  # fmt: skip
+    new = produced[0, inputs["input_ids"].shape[1] :]
+    opened = "<think>" if prompt.endswith("<think>") else ""
+    return opened + str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def _dtype(model: Any) -> Any:
+    """The floating type of the model's embedding, which is the base's."""
+    return model.get_input_embeddings().weight.dtype
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def ask(question: str, settings: Settings) -> None:
+    """Print the trained model's answer: the adapter on its base in 4 bits, as trained, else the merged weights.
+
+    Raises SettingsError where OUTPUT_DIR holds no finished run.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    output = Path(settings.output_dir)
+    record = folder.finished(output)
+    console.quiet()
+    dtype = engines.compute_dtype(settings)
+    place: dict[str, Any] = dict(dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"})
+    if (output / "adapter").is_dir():
+        wanted = record["settings"]
+        revision = record["model"]["commit"] or "main"
+        source = hub.fetch_model(settings.replaced(model_name=wanted["MODEL_NAME"], model_revision=revision))
+        if wanted["LOAD_IN_4BIT"]:
+            place["quantization_config"] = engines.nf4(dtype)
+        base = AutoModelForCausalLM.from_pretrained(source.folder, **place)
+        engines.settle_4bit(settings.replaced(load_in_4bit=wanted["LOAD_IN_4BIT"]), base)
+        model: Any = PeftModel.from_pretrained(base, output / "adapter")
+        found = output / "adapter"
+    elif (output / "merged").is_dir():
+        found = output / "merged"
+        model = AutoModelForCausalLM.from_pretrained(found, **place)
+    else:
+        raise SettingsError(f"OUTPUT_DIR={output}: neither adapter nor merged weights are there; train with SAVE_ADAPTER=1")
+    loaded = data.tokenizer(hub.Source(str(found), None, found))
+    as_trained = settings.replaced(
+        prompt_template=record["settings"]["PROMPT_TEMPLATE"],
+        prompt_columns=tuple(record["settings"]["PROMPT_COLUMNS"]),
+        completion_columns=tuple(record["settings"]["COMPLETION_COLUMNS"]),
+    )
+    prompt = prompt_for(question, loaded, as_trained, bool(record["dataset"]["messages"]))
+    model.eval()
+    answer(model, loaded, prompt, settings.max_new_tokens or 1200, show=True)
+

@@ -1,0 +1,102 @@
+"""What a run says: one line a phase, progress while it trains, and a heartbeat that a health check can read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+_state: Path | None = None
+
+
+def beat_in(folder: Path) -> None:
+    """Keep the heartbeat in `folder`/heartbeat.json from now on."""
+    global _state
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _state = folder
+    except OSError:
+        _state = None  # a health check then finds none, and training goes on
+
+
+def phase(name: str, line: str) -> None:
+    """Announce what begins now."""
+    print(line, flush=True)
+    beat(name)
+
+
+def beat(phase: str) -> None:
+    """Note that the run lives, and in which phase. `time` is in seconds since 1970."""
+    if _state is None:
+        return
+    partial = _state / "heartbeat.json.partial"
+    try:
+        partial.write_text(json.dumps(dict(phase=phase, pid=os.getpid(), time=time.time())))
+        os.replace(partial, _state / "heartbeat.json")
+    except OSError:
+        pass  # as above
+
+
+def quiet() -> None:
+    """Keep the libraries' notes to themselves: what matters is said here, once. Their errors still raise."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    logging.captureWarnings(True)
+    for name in ("py.warnings", "bitsandbytes", "peft", "trl", "accelerate", "torch", "huggingface_hub", "unsloth"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+class Progress:
+    """A bar on a terminal, else one plain line each `every` updates."""
+
+    def __init__(self, total: int, every: int, done: int = 0):
+        self.total, self.every, self.began, self.first = total, every, time.monotonic(), done
+        self.window: list[dict[str, float]] = []
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+
+    def show(self, row: dict[str, float]) -> None:
+        """Take one update's metrics."""
+        step = int(row["step"])
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s")
+            self.bar.update(step - self.bar.n)
+            return
+        self.window.append(row)
+        if step % self.every and step != self.total:
+            return
+        loss = sum(r["loss"] for r in self.window) / len(self.window)
+        speed = sum(r["tokens"] for r in self.window) / sum(r["step_s"] for r in self.window)
+        left = (time.monotonic() - self.began) / (step - self.first) * (self.total - step)
+        print(
+            f"step {step}/{self.total}  loss {loss:.4f}  learning rate {row['learning_rate']:.2e}  gradient norm "
+            f"{row['grad_norm']:.3f}  epoch {row['epoch']:.2f}  {speed:,.0f} tokens/s  {row['memory_gib']:.1f} GiB  "
+            f"{_clock(left)} left",
+            flush=True,
+        )
+        self.window = []
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

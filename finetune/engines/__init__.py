@@ -1,0 +1,106 @@
+"""Two ways to load a model and train it, behind the same functions: `engines.unsloth` and `engines.transformers`.
+
+Each has
+  prepare(environ)                  -> None       what must happen before other libraries are imported
+  load(settings, source)            -> PeftModel  base in 4 bits where asked, adapter attached, ready to train
+  answering(model)                  -> context    the model set up for generation, and back for training afterwards
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from finetune.errors import SettingsError
+from finetune.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig
+
+    from finetune.hub import Source
+
+
+class Engine(Protocol):
+    """What both engines offer."""
+
+    def prepare(self) -> None: ...
+    def load(self, settings: Settings, source: Source) -> PeftModel: ...
+    def answering(self, model: PeftModel) -> AbstractContextManager[None]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The engine's name, and why it was taken."""
+
+    name: str
+    reason: str
+
+    def open(self) -> Engine:
+        """Import the engine, and what must be imported before everything else."""
+        engine: Engine = importlib.import_module(f"finetune.engines.{self.name}")  # type: ignore[assignment]
+        engine.prepare()
+        return engine
+
+
+def choose(settings: Settings, gpu: bool) -> Choice:
+    """ENGINE, or for auto the one that fits the machine."""
+    if settings.engine != "auto":
+        return Choice(settings.engine, f"ENGINE={settings.engine}")
+    return Choice("unsloth", "a CUDA GPU is visible") if gpu else Choice("transformers", "no GPU is visible")
+
+
+def compute_dtype(settings: Settings) -> torch.dtype:
+    """The type of activations: DTYPE, or bfloat16 where the GPU has it, else float16; float32 on a CPU."""
+    import torch
+
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
+    if not torch.cuda.is_available():
+        return torch.float32  # bfloat16 is emulated there, many times slower
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def check_targets(settings: Settings, linear: list[str]) -> None:
+    """Raise SettingsError where a name in TARGET_MODULES is no linear layer of the model. linear: names of all."""
+    if settings.target_modules == ("all-linear",):
+        return
+    last = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
+    missing = [t for t in settings.target_modules if not any(n == t or n.endswith(f".{t}") for n in linear)]
+    if missing or "lm_head" in settings.target_modules:
+        wrong = ", ".join(missing) or "lm_head"
+        raise SettingsError(
+            f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} has no {wrong} that can be adapted; its "
+            f"linear layers are {', '.join(last)}, for example TARGET_MODULES={','.join(last)} or TARGET_MODULES=all-linear"
+        )
+
+
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NormalFloat weights with double quantisation, computing in `dtype`, as QLoRA and the tutorial have them."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def settle_4bit(settings: Settings, model: torch.nn.Module) -> None:
+    """Check that the weights are NF4 where asked: a silent 16-bit run is what nobody asked for. And keep them so.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a weight at its first use in evaluation mode and never back; the
+    packed product has no gradient, so training after an answer would silently reach only the last layers.
+    """
+    import bitsandbytes
+
+    quantised = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    for module in quantised:
+        module.support_avx512bf16_for_cpu = False
+    kinds = {m.weight.quant_type for m in quantised}
+    if settings.load_in_4bit and kinds != {"nf4"}:
+        raise SettingsError(
+            f"LOAD_IN_4BIT=1: {settings.model_name} was not loaded in NF4 (found {', '.join(kinds) or 'no 4-bit layer'}); "
+            "use another model, or LOAD_IN_4BIT=0 for 16-bit weights"
+        )

@@ -1,0 +1,70 @@
+"""transformers + peft + bitsandbytes: every CPU, and a CUDA GPU where asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from finetune import engines
+from finetune.errors import SettingsError
+from finetune.hub import Source
+from finetune.settings import Settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def prepare() -> None:
+    """Nothing has to come first."""
+
+
+def load(settings: Settings, source: Source) -> PeftModel:
+    """Load the base, frozen, and attach a fresh adapter in float32.
+
+    Raises SettingsError for an unknown architecture, TARGET_MODULES that fit nothing, or 4 bits that cannot be had.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    dtype = engines.compute_dtype(settings)
+    options: dict[str, Any] = dict(quantization_config=engines.nf4(dtype)) if settings.load_in_4bit else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"}, **options
+        )
+    except (ValueError, KeyError) as error:
+        raise SettingsError(f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({error})") from None
+    engines.settle_4bit(settings, model)
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if _linear(module) and module is not head]
+    engines.check_targets(settings, linear)
+    model.requires_grad_(False)
+    set_seed(settings.seed)
+    targets: Any = list(settings.target_modules) if settings.target_modules != ("all-linear",) else "all-linear"
+    adapted: PeftModel = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM", r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+            bias=settings.lora_bias, target_modules=targets, use_rslora=settings.use_rslora,
+        ),
+    )  # fmt: skip
+    return adapted
+
+
+def _linear(module: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+@contextlib.contextmanager
+def answering(model: PeftModel) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

@@ -1,0 +1,76 @@
+"""unsloth on a CUDA GPU, called as the tutorial calls it. The only file that imports unsloth."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from finetune import engines
+from finetune.errors import PreflightError, SettingsError
+from finetune.hub import Source
+from finetune.settings import Settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def prepare() -> None:
+    """Import unsloth before trl and transformers, which it patches (unsloth #2797)."""
+    try:
+        import unsloth  # noqa: F401
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        raise PreflightError(
+            f"ENGINE=unsloth: unsloth does not start here ({error}). Check that `nvidia-smi` and torch see the GPU, or set "
+            "ENGINE=transformers."
+        ) from None
+
+
+def load(settings: Settings, source: Source) -> PeftModel:
+    """Load the base and attach the adapter, with the tutorial's arguments.
+
+    `source.folder` is a folder, so no name is mapped to a quantised mirror of other weights.
+    """
+    from unsloth import FastLanguageModel
+
+    try:
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=str(source.folder),
+            max_seq_length=settings.max_seq_length,
+            dtype=engines.compute_dtype(settings),
+            load_in_4bit=settings.load_in_4bit,
+        )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise SettingsError(
+            f"MODEL_NAME={source.name}: unsloth cannot load it ({error}); try ENGINE=transformers"
+        ) from None
+    engines.settle_4bit(settings, model)
+    import torch
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    engines.check_targets(settings, linear)
+    adapted: PeftModel = FastLanguageModel.get_peft_model(
+        model,
+        r=settings.lora_r,
+        target_modules="all-linear" if settings.target_modules == ("all-linear",) else list(settings.target_modules),
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        bias=settings.lora_bias,
+        use_gradient_checkpointing={"unsloth": "unsloth", "true": True, "false": False}[settings.gradient_checkpointing],
+        random_state=settings.seed,
+        use_rslora=settings.use_rslora,
+        loftq_config=None,
+    )
+    return adapted
+
+
+@contextlib.contextmanager
+def answering(model: PeftModel) -> Iterator[None]:
+    """unsloth's own generation, and back."""
+    from unsloth import FastLanguageModel
+
+    FastLanguageModel.for_inference(model)
+    try:
+        yield
+    finally:
+        FastLanguageModel.for_training(model)

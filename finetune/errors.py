@@ -1,0 +1,33 @@
+"""The refusals a user can meet. Each carries the exit code of the process and every problem found, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Refusal(Exception):
+    """The run cannot go on, for a reason the user can remove. `problems` are whole sentences that name the remedy."""
+
+    code = 1
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems: Sequence[str] = problems
+
+
+class SettingsError(Refusal):
+    """A value, a name or a file that a setting points to is wrong."""
+
+    code = 2
+
+
+class PreflightError(Refusal):
+    """The machine cannot do what was asked: no GPU, driver too old, no disk space, a folder that cannot be written."""
+
+    code = 3
+
+
+class HubError(Refusal):
+    """The Hub, or the way to it, refused. Nothing on disk is lost."""
+
+    code = 4

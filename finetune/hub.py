@@ -1,0 +1,188 @@
+"""The Hub: who the token belongs to, the model's files at one commit, and publishing what is on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import HubError, PreflightError, SettingsError
+from finetune.settings import Settings
+
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+IGNORED = ["*/*", "consolidated*"]  # other forms of the same weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a name stood for when it was loaded. commit: of the Hub repository, None for a folder."""
+
+    name: str
+    commit: str | None
+    folder: Path
+
+
+def token(settings: Settings) -> str | bool:
+    """The token for one call; False keeps the client from looking for a saved one that the user did not name."""
+    return settings.hf_token.reveal() if settings.hf_token else False
+
+
+def login(settings: Settings) -> str | None:
+    """Ask the Hub whose token this is, and print name and rights; None without a token. Nothing is written to disk.
+
+    Raises HubError where the token is refused, or may not write although PUSH_TO_HUB is set.
+    """
+    if settings.hf_token is None:
+        return None
+    from huggingface_hub import HfApi, constants
+
+    if constants.is_offline_mode():
+        if settings.push_to_hub:
+            raise HubError("PUSH_TO_HUB=1 with HF_HUB_OFFLINE=1: publishing needs the Hub; unset one of them")
+        print("Hub: offline, the token is not checked", flush=True)
+        return None
+    with explained("HF_TOKEN", settings):
+        answer = HfApi(token=token(settings)).whoami()
+    name = str(answer["name"])
+    writes = may_write(answer)
+    print(f"Hub: logged in as {name}; the token may {'read and write' if writes else 'only read'}", flush=True)
+    if settings.push_to_hub and not writes:
+        raise HubError(
+            "PUSH_TO_HUB=1: this token may only read. Make one with the right to write in the Hub's settings, Access "
+            "Tokens, and give it in HF_TOKEN."
+        )
+    return name
+
+
+def may_write(whoami: dict[str, Any]) -> bool:
+    """Whether whoami's answer tells of a token that may write to some repository."""
+    access = whoami.get("auth", {}).get("accessToken", {})
+    if access.get("role") != "fineGrained":
+        return access.get("role") == "write"
+    scopes = access.get("fineGrained", {})
+    granted = [*scopes.get("global", []), *(p for scope in scopes.get("scoped", []) for p in scope.get("permissions", []))]
+    return "repo.write" in granted
+
+
+def fetch_model(settings: Settings) -> Source:
+    """The model's folder: a local one as it is, or a Hub repository downloaded at the commit its revision names now.
+
+    The 16-bit repository is fetched once and serves both: quantised at load for training, read again by the merge.
+    A quantised mirror would train on other weights than the merge adds to (unsloth #1089, peft #2321).
+    """
+    name = settings.model_name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise SettingsError(f"MODEL_NAME={name}: the folder has no config.json, so it is not a model's folder")
+        return Source(name, None, folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SettingsError(f"MODEL_NAME={name}: there is no such folder; it takes a folder or a Hub name such as owner/name")
+    from huggingface_hub import snapshot_download
+
+    asked: dict[str, Any] = dict(repo_id=name, revision=settings.model_revision, token=token(settings))
+    with explained("MODEL_NAME", settings):
+        found = Path(snapshot_download(**asked, allow_patterns=[*WEIGHTS, *TEXTS], ignore_patterns=IGNORED))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(**asked, allow_patterns=[*OLD_WEIGHTS, *TEXTS], ignore_patterns=IGNORED))
+    if not any(found.glob("*.safetensors")) and not any(found.glob("pytorch_model*.bin")):
+        raise SettingsError(f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)")
+    return Source(name, found.name, found)
+
+
+@contextlib.contextmanager
+def explained(variable: str, settings: Settings) -> Iterator[None]:
+    """Turn the client's exceptions into sentences that name the variable and the way out."""
+    import httpx
+    from huggingface_hub import errors
+
+    name, revision = {
+        "MODEL_NAME": (settings.model_name, settings.model_revision),
+        "DATASET_NAME": (settings.dataset_name, settings.dataset_revision),
+        "HUB_MODEL_ID": (settings.hub_model_id, "main"),
+        "HUB_MERGED_MODEL_ID": (settings.hub_merged_model_id, "main"),
+    }.get(variable, ("<SECRET>", ""))
+    shown = f"{variable}={name}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise HubError(
+            f"{shown}: access must be asked for on the repository's page, and HF_TOKEN must belong to the account that got it"
+        ) from None
+    except errors.RepositoryNotFoundError as error:
+        if variable == "HF_TOKEN" or getattr(error.response, "status_code", 0) == 401 and settings.hf_token:
+            raise HubError("HF_TOKEN: the Hub refuses this token; make a new one in its settings, Access Tokens") from None
+        raise SettingsError(
+            f"{shown}: the Hub has no such repository, or it is private and HF_TOKEN has no access to it; "
+            f"it takes a name such as {'FreedomIntelligence/medical-o1-reasoning-SFT' if variable == 'DATASET_NAME' else 'unsloth/DeepSeek-R1-Distill-Llama-8B'}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise SettingsError(
+            f"{variable.replace('_NAME', '_REVISION')}={revision}: {name} has no such branch, tag or commit, for example main"
+        ) from None
+    except errors.HFValidationError:
+        raise SettingsError(f"{shown}: not a repository name; it takes owner/name, or the path of a folder that exists") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        offline = isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled)
+        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the Hub cannot be reached and it is not in the cache"
+        raise HubError(f"{shown}: {why}. Check the network, the proxy or HF_ENDPOINT, or give a local path.") from None
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "?")
+        if status in (401, 403):
+            raise HubError(f"{shown}: HF_TOKEN is not allowed to do this (HTTP {status}); use a token with the right to it") from None
+        raise HubError(f"{shown}: the Hub answered HTTP {status} ({_short(error)}); try again") from None
+    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
+        raise HubError(f"{shown}: the Hub cannot be reached ({_short(error)}). Check the network, the proxy or HF_ENDPOINT.") from None
+    except OSError as error:
+        if error.errno == 28:
+            raise PreflightError(f"{shown}: the disk is full; free some or point HF_HOME to a larger one") from None
+        raise
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def push(settings: Settings, output: Path, cards: dict[str, str]) -> list[str]:
+    """Publish the verified folders of `output`; returns the addresses.
+
+    cards: the model card for `adapter` and for `merged`. Raises HubError, with everything still on disk.
+    """
+    from huggingface_hub import HfApi
+
+    api, published = HfApi(token=token(settings)), []
+    for folder, variable, repository in (
+        ("adapter", "HUB_MODEL_ID", settings.hub_model_id),
+        ("merged", "HUB_MERGED_MODEL_ID", settings.hub_merged_model_id),
+    ):
+        if repository is None:
+            continue
+        if not (output / folder).is_dir():
+            raise SettingsError(f"{output / folder}: is not there, so {variable} cannot be published; train first, or unset {variable}")
+        with _goes_on(settings), explained(variable, settings):
+            full = api.create_repo(repository, private=settings.hub_private_repo, exist_ok=True).repo_id
+            print(f"Hub: publishing {folder} to {full}", flush=True)
+            api.upload_folder(
+                repo_id=full, folder_path=output / folder, ignore_patterns=["README.md"], commit_message=f"Upload {folder}"
+            )
+            api.upload_file(
+                repo_id=full, path_in_repo="README.md", path_or_fileobj=cards[folder].encode(), commit_message="Model card"
+            )
+            published.append(f"{api.endpoint}/{full}")
+    return published
+
+
+@contextlib.contextmanager
+def _goes_on(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except (HubError, SettingsError, PreflightError) as error:
+        raise HubError(
+            *error.problems,
+            f"Everything is still in {settings.output_dir}. To publish it: python entrypoint.py push "
+            f"HUB_MODEL_ID={settings.hub_model_id} OUTPUT_DIR={settings.output_dir} (or make push-hub); no GPU is needed.",
+        ) from None

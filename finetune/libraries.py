@@ -1,0 +1,76 @@
+"""The environment that the libraries see: their own variables, set before any of them is imported."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetune.settings import Settings, declarations
+
+# nothing phones home (unsloth #3680 hung behind firewalls on its start-up call), and no window is opened for a plot
+ALWAYS = {
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_SILENT": "true",
+    "MPLBACKEND": "Agg",
+    "TOKENIZERS_PARALLELISM": "false",  # the tokenizing processes are forked
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+CACHES = {
+    "HF_HOME": "huggingface",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "UNSLOTH_COMPILE_LOCATION": "unsloth_compiled_cache",
+    "MPLCONFIGDIR": "matplotlib",
+}
+
+
+def dotenv(path: Path) -> dict[str, str]:
+    """The variables of a .env file; {} where there is none."""
+    if not path.is_file():
+        return {}
+    from dotenv import dotenv_values
+
+    return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
+
+
+def layers(file: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` over the .env file; an empty variable is an unset one."""
+    return {**file, **{name: value for name, value in environ.items() if value}}
+
+
+def variables(settings: Settings, layered: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the process's environment. What the user set stays as it is."""
+    ours = {d.name for d in declarations()}
+    wanted = {name: value for name, value in layered.items() if name not in ours}
+    output = Path(settings.output_dir).absolute()
+    defaults = dict(ALWAYS, TENSORBOARD_LOGGING_DIR=str(output / "tensorboard"), WANDB_DIR=str(output))
+    if settings.wandb_api_key:
+        defaults["WANDB_API_KEY"] = settings.wandb_api_key.reveal()
+    elif settings.report_to == "wandb":
+        defaults["WANDB_MODE"] = "offline"  # without a key it would ask for one and wait (textgen #2517)
+    if "HF_ENDPOINT" in layered:
+        defaults["HF_HUB_DISABLE_XET"] = "1"  # xet goes round the endpoint (huggingface_hub #4475)
+    visible = layered.get("CUDA_VISIBLE_DEVICES", "0")
+    wanted["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # two visible GPUs become DataParallel (unsloth #2435)
+    return {**defaults, **wanted, **_caches(layered)}
+
+
+def _caches(layered: Mapping[str, str]) -> dict[str, str]:
+    """A writable place for each cache: the one named, or a temporary folder where that cannot be written."""
+    home = Path(layered.get("XDG_CACHE_HOME") or Path(layered.get("HOME") or "/nonexistent") / ".cache")
+    named = {name: Path(layered.get(name) or home / ("" if name == "HF_HOME" else "finetune") / part) for name, part in CACHES.items()}
+    lost = [name for name, place in named.items() if not _writable(place)]
+    if lost:
+        temporary = Path(tempfile.gettempdir()) / f"finetune-cache-{os.getuid()}"
+        print(f"caches: {', '.join(lost)} cannot be written and go to {temporary}, which may not outlast this run", flush=True)
+        named |= {name: temporary / CACHES[name] for name in lost}
+    return {name: str(place) for name, place in named.items()} | {"USER": layered.get("USER") or f"uid{os.getuid()}"}
+
+
+def _writable(place: Path) -> bool:
+    existing = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)

@@ -1,0 +1,69 @@
+"""The run, top to bottom."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetune import answer, console, data, engines, export, folder, hub, preflight, report, train
+from finetune.settings import Settings
+
+
+def run(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Train, verify, record, and publish if asked. A run that is complete already goes straight to publishing."""
+    clock, output = report.Clock(), Path(settings.output_dir)
+    visible = preflight.gpus(environ)
+    print(*preflight.check(settings, visible, environ), sep="\n", flush=True)
+    choice = engines.choose(settings, bool(visible))
+    console.phase("loading", f"engine: {choice.name} ({choice.reason})")
+    engine = choice.open()
+    console.quiet()
+    clock.mark("import_s")
+
+    hub.login(settings)
+    rows = data.load(settings)
+    source = hub.fetch_model(settings)
+    preflight.check(settings, visible, environ, count=preflight.parameters(str(source.folder)))
+    tokenizer = data.tokenizer(source)
+    tokens = data.tokenize(rows, tokenizer, settings)
+    console.phase("loading", f"data: {tokens.describe()}, {rows.dropped} dropped")
+    decides = {"engine": choice.name, "commit of the model": source.commit, "sha256 of the rows": rows.sha256}
+    if folder.begin(settings, output, decides):
+        print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
+        return publish(settings)
+    clock.mark("data_s")
+
+    model = engine.load(settings, source)
+    if settings.save_merged:
+        export.check_mergeable(model, source)
+    clock.mark("load_s")
+    ask = answer.sample(engine, model, tokenizer, rows.messages, settings)
+    before = ask("before")
+    clock.mark("before_s")
+    console.phase("training", f"training: {settings.rows_per_update} rows an update, {train.updates(settings, tokens)} updates")
+    fit = train.fit(model, tokens, tokenizer, settings, output / "checkpoints")
+    clock.mark("train_s")
+    after = ask("after")
+    clock.mark("after_s")
+
+    console.phase("saving", "saving the adapter")
+    export.save_adapter(model, source, output)
+    del model, ask
+    merged = export.merge(source, output, "cuda" if visible else "cpu") if settings.save_merged else None
+    if not settings.save_adapter:
+        shutil.rmtree(output / "adapter")
+    clock.mark("export_s")
+    record = report.record(settings, choice, source, rows, tokens, fit, merged, (before, after), visible, clock)
+    report.write(output, record, fit.metrics)
+    print(report.summary(output, record), flush=True)
+    publish(settings)
+
+
+def publish(settings: Settings) -> None:
+    """Where PUSH_TO_HUB is set: push what is on disk from this run or an earlier one, after checking its hashes."""
+    if settings.push_to_hub:
+        output = Path(settings.output_dir)
+        record = folder.verify(output)
+        for address in hub.push(settings, output, {kind: report.card(record, kind) for kind in ("adapter", "merged")}):
+            print(f"published: {address}", flush=True)

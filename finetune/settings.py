@@ -1,0 +1,413 @@
+"""Every setting, declared once: its name in lower case, its type, its default, what is allowed, and its help.
+
+`MAX_STEPS=60` in the environment becomes `settings.max_steps`, and `Settings.from_env` is the only way from one to the
+other. The reference (`env`), env.example and the README's table are generated from the declarations below.
+Standard library only: `--help` and a refused value must answer before torch could even be imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import SettingsError
+
+
+class Secret:
+    """A value that never shows itself: `reveal()` is the only way to read it."""
+
+    def __init__(self, value: str):
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "<SECRET>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    also: tuple[float, ...] = (),
+    example: str | None = None,
+    unless: tuple[str, Any] | None = None,
+    free: bool = False,
+) -> Any:
+    """Declare one setting.
+
+    low, high: allowed range, both ends included; `also` are allowed values outside it.
+    unless: (other, value): where the user changes `other` and leaves this one, the default is `value`.
+    free: changing it leaves the trained weights as they are, so a run may be resumed with another value.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata=dict(help=help, low=low, high=high, also=also, example=example, unless=unless, free=free),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The resolved settings of one run. `given` holds the names the user set; all others are defaults."""
+
+    # Model
+    model_name: str = setting("unsloth/DeepSeek-R1-Distill-Llama-8B", "Model to fine-tune: a Hub name or a folder, in 16 bits.")  # fmt: skip
+    model_revision: str = setting("main", "Branch, tag or commit of the model.", example="0123abc")
+    max_seq_length: int = setting(2048, "Tokens a row may have; longer rows are cut and counted.", low=8)
+    load_in_4bit: bool = setting(True, "Hold the frozen weights in 4 bits (NF4).")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting("auto", "Compute type; auto: bfloat16 where the GPU has it, else float16, and float32 on a CPU.")  # fmt: skip
+
+    # Data
+    dataset_name: str = setting("FreedomIntelligence/medical-o1-reasoning-SFT", "Rows to train on: a Hub data set, a .json, .jsonl, .csv or .parquet file, or `samples` (bundled rows).")  # fmt: skip
+    dataset_config: str | None = setting("zh", "Configuration of the data set (samples: en, zh).", unless=("dataset_name", None))  # fmt: skip
+    dataset_split: str = setting("train[0:500]", "Split, with a slice if wanted: train, train[:100], train[10%:20%].", unless=("dataset_name", "train"))  # fmt: skip
+    dataset_revision: str = setting("main", "Branch, tag or commit of the data set.", example="0123abc")
+    prompt_columns: tuple[str, ...] = setting(("Question",), "Columns that fill the first {} of the template: what the model is asked.")  # fmt: skip
+    completion_columns: tuple[str, ...] = setting(("Complex_CoT", "Response"), "Columns that fill the other {}: what it shall answer.")  # fmt: skip
+    prompt_template: str | None = setting(None, "Text file with one {} for each column; unset: the medical reasoning template. Rows with a `messages` column go through the model's chat template.", example="template.txt")  # fmt: skip
+    train_on: Literal["all", "response"] = setting("all", "Loss on the whole text, as the tutorial, or on the response alone.")  # fmt: skip
+    drop_bad_rows: bool = setting(False, "Leave out malformed rows and count them, instead of stopping at them.")
+    dataset_num_proc: int = setting(2, "Processes that tokenize (about 0.7 GB each).", low=1, high=64, free=True)
+
+    # LoRA
+    lora_r: int = setting(16, "Rank of the adapter.", low=1, high=1024)
+    lora_alpha: int = setting(16, "Scale of the adapter: alpha / r.", low=1)
+    lora_dropout: float = setting(0.0, "Dropout before the adapter.", low=0, high=0.9)
+    lora_bias: Literal["none", "all", "lora_only"] = setting("none", "Which biases are trained.")
+    target_modules: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "Linear layers that get an adapter; all-linear takes every one but the head.")  # fmt: skip
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead.")
+    gradient_checkpointing: Literal["unsloth", "true", "false"] = setting("unsloth", "Recompute activations to save memory (unsloth: with that engine's offloading).")  # fmt: skip
+
+    # Training
+    per_device_train_batch_size: int = setting(2, "Rows in one forward pass.", low=1)
+    gradient_accumulation_steps: int = setting(4, "Forward passes in one update.", low=1)
+    warmup_steps: int = setting(5, "Updates until the learning rate is reached.", low=0)
+    max_steps: int = setting(60, "Updates to make; -1: NUM_TRAIN_EPOCHS decides. Wins over it where both are set.", low=1, also=(-1,), unless=("num_train_epochs", -1))  # fmt: skip
+    num_train_epochs: float | None = setting(None, "Passes over the rows; set it, and not MAX_STEPS, for a full run.", low=0.001, high=1000, example="1")  # fmt: skip
+    learning_rate: float = setting(2e-4, "Peak learning rate.", low=1e-12, high=10)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = setting("linear", "Course of the learning rate.")  # fmt: skip
+    optim: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"] = setting("adamw_8bit", "Optimizer, by its name in transformers.")  # fmt: skip
+    weight_decay: float = setting(0.01, "Weight decay.", low=0, high=1)
+    max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are scaled down.", low=0)
+    seed: int = setting(3407, "Seed of adapter, row order and dropout.", low=0, high=2**32 - 1)
+    logging_steps: int = setting(10, "Updates between two lines of progress.", low=1, free=True)
+    save_steps: int = setting(20, "Updates between two checkpoints; 0: only the last.", low=0, free=True)
+    save_total_limit: int = setting(2, "Checkpoints kept.", low=1, free=True)
+    engine: Literal["auto", "unsloth", "transformers"] = setting("auto", "auto: unsloth on a CUDA GPU, transformers elsewhere.")  # fmt: skip
+    report_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Tracker; wandb writes offline where WANDB_API_KEY is unset.", free=True)  # fmt: skip
+
+    # Before and after
+    sample_question: str = setting("一个患有急性阑尾炎的病人已经发病5天,腹痛稍有减轻但仍然发热,在体检时发现右下腹有压痛的包块,此时应如何处理?", "Question answered before and after training.", free=True)  # fmt: skip
+    max_new_tokens: int = setting(1200, "Length limit of an answer; 0 asks nothing.", low=0, free=True)
+
+    # Output
+    output_dir: str = setting("outputs", "Folder that receives everything.", free=True)
+    run_name: str = setting("DeepSeek-R1-Medical-COT", "Title of the model card and of the tracker's run.", unless=("model_name", "fine-tuned"), free=True)  # fmt: skip
+    save_adapter: bool = setting(True, "Keep the adapter.", free=True)
+    save_merged: bool = setting(True, "Write the merged 16-bit weights.", free=True)
+    overwrite: bool = setting(False, "Start afresh where OUTPUT_DIR holds another run.", free=True)
+
+    # Hub
+    hf_token: Secret | None = setting(None, "Token for private models and for pushing; HF_TOKEN_FILE reads it from a file.", free=True)  # fmt: skip
+    push_to_hub: bool = setting(False, "Publish after verification.", free=True)
+    hub_model_id: str | None = setting(None, "Repository of the adapter.", example="you/DeepSeek-R1-Medical-COT", free=True)  # fmt: skip
+    hub_merged_model_id: str | None = setting(None, "Repository of the merged weights, if they too shall be published.", example="you/DeepSeek-R1-Medical-COT-merged", free=True)  # fmt: skip
+    hub_private_repo: bool = setting(True, "New repositories are private.", free=True)
+    wandb_api_key: Secret | None = setting(None, "Key of Weights & Biases; WANDB_API_KEY_FILE reads it from a file.", free=True)  # fmt: skip
+
+    given: frozenset[str] = dataclasses.field(default=frozenset(), metadata={})
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], command_line: Mapping[str, str] | None = None) -> Settings:
+        """Read the settings out of `environ`; `command_line` wins over it, and may hold no unknown name.
+
+        Raises SettingsError with every problem at once, each as `NAME=value: what is wrong, what is allowed, an example`.
+        """
+        words = dict(command_line or {})
+        merged = {**environ, **words}
+        problems = [*_unknown(environ, strict=False), *_unknown(words, strict=True)]
+        values: dict[str, Any] = {}
+        for declared in declarations():
+            try:
+                value = declared.read(merged, words)
+                if value is not None:
+                    values[declared.field] = value
+            except ValueError as error:
+                problems.append(str(error))
+        given = frozenset(values)
+        changed = {d.field for d in declarations() if d.field in given and values[d.field] != d.default}
+        for declared in declarations():
+            other, value = declared.unless or ("", None)
+            if other in changed and declared.field not in given:
+                values[declared.field] = value
+        settings = cls(**values, given=given)
+        problems += _cross_checks(settings)
+        if problems:
+            raise SettingsError(*problems)
+        return settings
+
+    @property
+    def rows_per_update(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def replaced(self, **values: Any) -> Settings:
+        """A copy with other values."""
+        return dataclasses.replace(self, **values)
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON values under their names, secrets left out."""
+        found = {d.name: getattr(self, d.field) for d in declarations() if not d.secret}
+        return typing.cast("dict[str, Any]", json.loads(json.dumps(found)))
+
+    def deciding(self) -> dict[str, Any]:
+        """The part of `record()` that decides the trained weights."""
+        free = {d.name for d in declarations() if d.free}
+        return {name: value for name, value in self.record().items() if name not in free}
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """One setting as declared in `Settings`."""
+
+    field: str
+    type: Any
+    default: Any
+    help: str
+    low: float | None
+    high: float | None
+    also: tuple[float, ...]
+    example: str | None
+    unless: tuple[str, Any] | None
+    free: bool
+
+    @property
+    def name(self) -> str:
+        return self.field.upper()
+
+    @property
+    def secret(self) -> bool:
+        return Secret in typing.get_args(self.type)
+
+    @property
+    def kind(self) -> Any:
+        """The type without `None`."""
+        options = typing.get_args(self.type)
+        return options[0] if type(None) in options else self.type
+
+    def allowed(self) -> str:
+        """What a value may be, in words."""
+        if self.kind is bool:
+            return "1 or 0 (also true/false, yes/no, on/off)"
+        if typing.get_origin(self.kind) is Literal:
+            return "one of " + ", ".join(typing.get_args(self.kind))
+        if typing.get_origin(self.kind) is tuple:
+            return "names with commas between"
+        if self.kind in (int, float):
+            noun = "a whole number" if self.kind is int else "a number"
+            if self.low is not None and self.high is not None:
+                noun += f" from {self.low:g} to {self.high:g}"
+            elif self.low is not None:
+                noun += f" of at least {self.low:g}"
+            return " or ".join([noun, *(f"{value:g}" for value in self.also)])
+        return "text"
+
+    def shown_default(self) -> str:
+        return "" if self.default is None else _text(self.default)
+
+    def read(self, environ: Mapping[str, str], command_line: Mapping[str, str]) -> Any:
+        """The value the user gave, or None. Raises ValueError with the whole sentence for the user."""
+        raw = _unquote(environ.get(self.name, ""))
+        if not self.secret:
+            return self.parse(raw) if raw else None
+        if self.name in command_line:
+            raise ValueError(
+                f"{self.name}: a secret on the command line shows in process lists and logs; "
+                f"set it in the environment, or {self.name}_FILE to the file that holds it"
+            )
+        file = _unquote(environ.get(f"{self.name}_FILE", ""))
+        if raw and file:
+            raise ValueError(f"{self.name} and {self.name}_FILE are both set: keep one")
+        if file:
+            try:
+                raw = Path(file).read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "not a text file"
+                raise ValueError(
+                    f"{self.name}_FILE={file}: cannot be read ({reason}); it takes the path of a file that holds "
+                    f"nothing but the secret, for example {self.name}_FILE=/run/secrets/{self.field}"
+                ) from None
+            if not raw:
+                raise ValueError(f"{self.name}_FILE={file}: the file is empty; it takes a file that holds the secret")
+        if raw and not (raw.isascii() and raw.isprintable() and " " not in raw):
+            raise ValueError(f"{self.name}: holds spaces or characters that no token has; copy it again")
+        return Secret(raw) if raw else None
+
+    def parse(self, raw: str) -> Any:
+        """One value from its text. Raises ValueError with the whole sentence for the user."""
+        kind, value = self.kind, raw.strip()
+        try:
+            if kind is bool:
+                return _BOOLEANS[value.lower()]
+            if kind is int:
+                return self._in_range(int(value)) if re.fullmatch(r"[+-]?[0-9]+", value) else self._bad(value)
+            if kind is float:
+                return self._in_range(float(value)) if re.fullmatch(_FLOAT, value) else self._bad(value)
+            if typing.get_origin(kind) is Literal:
+                value = value.lower()
+                if value not in typing.get_args(kind) and value in _BOOLEANS:
+                    value = str(_BOOLEANS[value]).lower()  # GRADIENT_CHECKPOINTING=1
+                return value if value in typing.get_args(kind) else self._bad(raw)
+            if typing.get_origin(kind) is tuple:
+                names = tuple(name.strip() for name in value.split(","))
+                return names if all(names) and len(set(names)) == len(names) else self._bad(raw)
+        except (KeyError, OverflowError):
+            self._bad(raw)
+        return raw
+
+    def _in_range(self, value: float) -> float:
+        inside = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        return value if inside or value in self.also else self._bad(f"{value:g}")
+
+    def _bad(self, raw: str) -> Any:
+        hint = "; a comment needs a line of its own" if " #" in raw else ""
+        example = self.example or _text(self.default)
+        raise ValueError(
+            f"{self.name}={raw}: not allowed{hint}; it takes {self.allowed()}, for example {self.name}={example}"
+        )
+
+
+def declarations() -> tuple[Declaration, ...]:
+    """All settings, in the order in which they are declared."""
+    global _DECLARATIONS
+    if not _DECLARATIONS:
+        types = typing.get_type_hints(Settings)
+        _DECLARATIONS = tuple(
+            Declaration(field=f.name, type=types[f.name], default=f.default, **f.metadata)
+            for f in dataclasses.fields(Settings)
+            if f.metadata
+        )
+    return _DECLARATIONS
+
+
+_DECLARATIONS: tuple[Declaration, ...] = ()
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_FLOAT = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+# Names in use elsewhere for what is set here; the libraries' own variables start with these prefixes and are theirs.
+_SYNONYMS = {
+    "MODEL": "MODEL_NAME", "MODEL_ID": "MODEL_NAME", "BASE_MODEL": "MODEL_NAME", "DATASET": "DATASET_NAME",
+    "MAX_LENGTH": "MAX_SEQ_LENGTH", "MAX_SEQ_LEN": "MAX_SEQ_LENGTH", "LORA_RANK": "LORA_R", "RANK_R": "LORA_R",
+    "LR": "LEARNING_RATE", "EPOCHS": "NUM_TRAIN_EPOCHS", "NUM_EPOCHS": "NUM_TRAIN_EPOCHS", "STEPS": "MAX_STEPS",
+    "BATCH_SIZE": "PER_DEVICE_TRAIN_BATCH_SIZE", "TRAIN_BATCH_SIZE": "PER_DEVICE_TRAIN_BATCH_SIZE",
+    "GRAD_ACCUM": "GRADIENT_ACCUMULATION_STEPS", "HUGGINGFACE_TOKEN": "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
+    "HF_API_TOKEN": "HF_TOKEN", "HUB_TOKEN": "HF_TOKEN", "LOAD_IN_8BIT": "LOAD_IN_4BIT", "OUTPUT_PATH": "OUTPUT_DIR",
+}  # fmt: skip
+_LIBRARIES = ("HF_HUB_", "HF_HOME", "HF_ENDPOINT", "HF_DATASETS_", "HF_TOKEN_PATH", "WANDB_", "CUDA_", "NVIDIA_", "TORCH", "UNSLOTH_", "BNB_")  # fmt: skip
+
+
+def _unknown(names: Mapping[str, str], *, strict: bool) -> Iterator[str]:
+    """A sentence for each name that is nearly a setting's; with `strict`, for each name that is not a setting's."""
+    known = {d.name for d in declarations()} | {f"{d.name}_FILE" for d in declarations() if d.secret}
+    squeezed = {name.replace("_", ""): name for name in known}
+    for name in names:
+        if name in known or (not names[name] and not strict):
+            continue
+        upper = name.upper().replace("-", "_")
+        right = _SYNONYMS.get(upper) or squeezed.get(upper.replace("_", ""))
+        if right is None and len(upper) > 4 and not (upper.startswith(_LIBRARIES) and not strict):
+            right = next((k for k in sorted(known) if len(k) > 4 and _one_slip(upper, k)), None)
+        if right is not None:
+            shown = "" if right.startswith(tuple(d.name for d in declarations() if d.secret)) else names[name]
+            yield f"{name}: there is no such setting; did you mean {right}? For example {right}={shown}"
+        elif strict:
+            yield f"{name}: there is no such setting; `env` lists them all, for example MAX_STEPS=60"
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether one letter added, left out or changed, or two neighbours swapped, makes `a` into `b`."""
+    if abs(len(a) - len(b)) > 1 or a == b:
+        return a == b
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest_a, rest_b = a[start:], b[start:]
+    swapped = rest_a[:2] == rest_b[:2][::-1] and rest_a[2:] == rest_b[2:]
+    return rest_a[1:] == rest_b[1:] or rest_a[1:] == rest_b or rest_a == rest_b[1:] or swapped
+
+
+def _cross_checks(s: Settings) -> Iterator[str]:
+    """Sentences on values that do not go together, before anything is downloaded."""
+    if s.max_steps == -1 and s.num_train_epochs is None:
+        yield "MAX_STEPS=-1: needs the passes over the rows, for example NUM_TRAIN_EPOCHS=1"
+    if s.push_to_hub:
+        if s.hub_model_id is None:
+            yield "PUSH_TO_HUB=1: needs the repository's name, for example HUB_MODEL_ID=you/DeepSeek-R1-Medical-COT"
+        if s.hf_token is None:
+            yield "PUSH_TO_HUB=1: needs a token that may write, in HF_TOKEN or in the file that HF_TOKEN_FILE names"
+        if not s.save_adapter:
+            yield "PUSH_TO_HUB=1 with SAVE_ADAPTER=0: there would be nothing to publish; set SAVE_ADAPTER=1"
+    if s.hub_merged_model_id is not None and not s.save_merged:
+        yield "HUB_MERGED_MODEL_ID with SAVE_MERGED=0: there would be no merged weights; set SAVE_MERGED=1"
+    if s.hub_merged_model_id is not None and s.hub_merged_model_id == s.hub_model_id:
+        yield f"HUB_MERGED_MODEL_ID={s.hub_merged_model_id}: must differ from HUB_MODEL_ID, since a folder with both loads as the adapter"  # fmt: skip
+    for name, value in (("HUB_MODEL_ID", s.hub_model_id), ("HUB_MERGED_MODEL_ID", s.hub_merged_model_id)):
+        if value is not None and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]{0,95}", value, re.ASCII):
+            yield f"{name}={value}: not a repository name; it takes owner/name, for example {name}=you/DeepSeek-R1-Medical-COT"  # fmt: skip
+    if not re.fullmatch(SPLIT, s.dataset_split):
+        yield f"DATASET_SPLIT={s.dataset_split}: not a split; it takes a name and perhaps a slice, for example DATASET_SPLIT=train[0:500]"  # fmt: skip
+    if s.dataset_name == "samples" and s.dataset_config not in (None, "en", "zh"):
+        yield f"DATASET_CONFIG={s.dataset_config}: the bundled rows have en and zh, for example DATASET_CONFIG=en"
+    if set(s.prompt_columns) & set(s.completion_columns):
+        yield "COMPLETION_COLUMNS: a column cannot be both asked and answered, for example PROMPT_COLUMNS=Question COMPLETION_COLUMNS=Complex_CoT,Response"  # fmt: skip
+
+
+SPLIT = r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?"
+
+
+def _unquote(value: str) -> str:
+    """`docker run --env-file` hands quotes on as they stand; a value never needs the pair around it."""
+    value = value.strip()
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def reference() -> str:
+    """The text of env.example: every setting, commented out, with its help, what is allowed, and its default."""
+    lines = [
+        "# Settings of the fine-tuning image, with their defaults. Generated from finetune/settings.py: make env-example.",
+        "# Copy to .env, and take the # away from what you change. One NAME=value a line; comments on lines of their own.",
+    ]
+    for d in declarations():
+        allowed = d.allowed()
+        extra = "" if allowed == "text" else f" ({allowed})"
+        default = d.shown_default() or d.example or ""
+        unless = f" Where {d.unless[0].upper()} is changed: {_text(d.unless[1] or 'none')}." if d.unless else ""
+        lines += ["", f"# {d.help}{extra}{unless}", f"# {d.name}={default}"]
+    return "\n".join(lines) + "\n"
+
+
+def table() -> str:
+    """The README's table of settings."""
+    rows = ["| variable | default | |", "| --- | --- | --- |"]
+    for d in declarations():
+        default = f"`{d.shown_default()}`" if d.shown_default() else ""
+        rows.append(f"| `{d.name}` | {default} | {d.help}{'' if d.allowed() == 'text' else f' ({d.allowed()})'} |")
+    return "\n".join(rows) + "\n"
