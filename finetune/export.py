@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,38 +108,54 @@ def merge(source: Source, output: Path, device: str = "cpu") -> Merged:
     return Merged(changed, rounded, kept, round(size / 1e9, 3), round(time.perf_counter() - began, 2))
 
 
+CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+
+
 class Shard:
-    """One weight file of the base, read tensor by tensor."""
+    """One weight file of the base, read tensor by tensor; read, not mapped, so that memory stays that of one tensor."""
 
     def __init__(self, path: Path):
         self.path = path
         if path.suffix == ".safetensors":
-            header = safetensors_header(path)
-            order = sorted((entry["data_offsets"][0], name) for name, entry in header.items() if name != "__metadata__")
-            self.names = [name for _, name in order]
+            self.header = {name: entry for name, entry in safetensors_header(path).items() if name != "__metadata__"}
+            self.names = sorted(self.header, key=lambda name: self.header[name]["data_offsets"][0])
+            self.shapes = {name: tuple(self.header[name]["shape"]) for name in self.names}
+            if unknown := {entry["dtype"] for entry in self.header.values()} - set(CODES):
+                raise SettingsError(
+                    f"{path}: holds {', '.join(sorted(unknown))}, and the merge needs a 16-bit base; name the 16-bit "
+                    "original in MODEL_NAME, or set SAVE_MERGED=0"
+                )
         else:
             import torch
 
-            self._loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            self.names = sorted(name for name, value in self._loaded.items() if isinstance(value, torch.Tensor))
+            self.loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            self.names = sorted(name for name, value in self.loaded.items() if isinstance(value, torch.Tensor))
+            self.shapes = {name: tuple(self.loaded[name].shape) for name in self.names}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of one tensor."""
+        import torch
+
+        if self.path.suffix != ".safetensors":
+            return self.loaded[name].dtype
+        return getattr(torch, CODES[self.header[name]["dtype"]])  # type: ignore[no-any-return]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors, in the order of the file."""
+        import torch
+
         if self.path.suffix != ".safetensors":
-            yield from ((name, self._loaded[name]) for name in self.names)
+            yield from ((name, self.loaded[name]) for name in self.names)
             return
-        from safetensors import safe_open
-
-        with safe_open(self.path, "pt") as opened:
+        with open(self.path, "rb", buffering=0) as stream:
+            data = 8 + int.from_bytes(stream.read(8), "little")
             for name in self.names:
-                yield name, opened.get_tensor(name)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
-        if self.path.suffix != ".safetensors":
-            return {name: tuple(self._loaded[name].shape) for name in self.names}
-        header = safetensors_header(self.path)
-        return {name: tuple(header[name]["shape"]) for name in self.names}
+                start, end = self.header[name]["data_offsets"]
+                content = torch.empty(end - start, dtype=torch.uint8)
+                stream.seek(data + start)
+                if end > start and stream.readinto(content.numpy()) != end - start:  # type: ignore[arg-type]
+                    raise SettingsError(f"{self.path}: ends within {name}; download or copy the model again")
+                yield name, content.view(self.dtype(name)).reshape(self.shapes[name])
 
 
 class Base:
@@ -166,7 +182,7 @@ class Base:
         else:
             raise SettingsError(f"MODEL_NAME={folder}: has no model.safetensors and no index of one")
         self.folder = folder
-        self.shapes = {name: shape for shard in self.shards for name, shape in shard.shapes().items()}
+        self.shapes = {name: shape for shard in self.shards for name, shape in shard.shapes.items()}
         self.size = sum(shard.path.stat().st_size for shard in self.shards)
 
 
@@ -295,28 +311,26 @@ def _merge_shard(shard: Shard, path: Path, adapter: Adapter, targets: dict[str, 
     return changed, rounded, kept
 
 
-def _write_safetensors(path: Path, shard: Shard, merged: Any) -> None:
+def _write_safetensors(path: Path, shard: Shard, merged: Callable[[str, Tensor], Tensor]) -> None:
     """Write the shard's tensors one by one, in its order. Format: header length (8 bytes), JSON header, data."""
     import torch
 
-    codes = {torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+    codes = {getattr(torch, name): code for code, name in CODES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in shard.tensors():
-        dtype = _merged_dtype(tensor.dtype)
-        if dtype not in codes:
-            raise SettingsError(f"{shard.path}: {name} is {dtype}; the merge needs a 16-bit base. Set SAVE_MERGED=0 or name another MODEL_NAME.")
-        end = offset + tensor.numel() * dtype.itemsize
-        header[name] = dict(dtype=codes[dtype], shape=list(tensor.shape), data_offsets=[offset, end])
+    for name in shard.names:
+        dtype, shape = _merged_dtype(shard.dtype(name)), shard.shapes[name]
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = dict(dtype=codes[dtype], shape=list(shape), data_offsets=[offset, end])
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
+    with open(path, "wb", buffering=0) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in shard.tensors():
-            value = merged(name, tensor).contiguous()
-            stream.write(value.view(torch.uint8).numpy().data if value.ndim else value.reshape(1).view(torch.uint8).numpy().data)
-        stream.flush()
+            content = memoryview(merged(name, tensor).contiguous().reshape(-1).view(torch.uint8).numpy())
+            while content:
+                content = content[stream.write(content) or 0 :]
         os.fsync(stream.fileno())
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,10 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
         raise HubError(
             f"{shown}: access must be asked for on the repository's page, and HF_TOKEN must belong to the account that got it"
         ) from None
-    except errors.RepositoryNotFoundError as error:
-        if variable == "HF_TOKEN" or getattr(error.response, "status_code", 0) == 401 and settings.hf_token:
-            raise HubError("HF_TOKEN: the Hub refuses this token; make a new one in its settings, Access Tokens") from None
+    except errors.RepositoryNotFoundError:
         raise SettingsError(
             f"{shown}: the Hub has no such repository, or it is private and HF_TOKEN has no access to it; "
-            f"it takes a name such as {'FreedomIntelligence/medical-o1-reasoning-SFT' if variable == 'DATASET_NAME' else 'unsloth/DeepSeek-R1-Distill-Llama-8B'}"
+            f"for example {'FreedomIntelligence/medical-o1-reasoning-SFT' if variable == 'DATASET_NAME' else 'unsloth/DeepSeek-R1-Distill-Llama-8B'}"
         ) from None
     except errors.RevisionNotFoundError:
         raise SettingsError(
@@ -127,11 +126,19 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
     except errors.HFValidationError:
         raise SettingsError(f"{shown}: not a repository name; it takes owner/name, or the path of a folder that exists") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        offline = isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled)
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the Hub cannot be reached and it is not in the cache"
-        raise HubError(f"{shown}: {why}. Check the network, the proxy or HF_ENDPOINT, or give a local path.") from None
+        cause = error.__cause__ or error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        why = "the Hub cannot be reached" if status is None else f"the Hub answered HTTP {status}"
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            why = "HF_HUB_OFFLINE is set"
+        raise HubError(
+            f"{shown}: {why}, and it is not in the cache. Check the network, the proxy, HF_ENDPOINT and the token's rights, or "
+            "give a local path."
+        ) from None
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "?")
+        if variable == "HF_TOKEN" and status == 401:
+            raise HubError("HF_TOKEN: the Hub refuses this token; make a new one in its settings, Access Tokens") from None
         if status in (401, 403):
             raise HubError(f"{shown}: HF_TOKEN is not allowed to do this (HTTP {status}); use a token with the right to it") from None
         raise HubError(f"{shown}: the Hub answered HTTP {status} ({_short(error)}); try again") from None
@@ -147,10 +154,10 @@ def _short(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def push(settings: Settings, output: Path, cards: dict[str, str]) -> list[str]:
-    """Publish the verified folders of `output`; returns the addresses.
+def push(settings: Settings, output: Path) -> list[str]:
+    """Publish the verified folders of `output`, each with its card in one commit; returns the addresses.
 
-    cards: the model card for `adapter` and for `merged`. Raises HubError, with everything still on disk.
+    Raises HubError, with everything still on disk.
     """
     from huggingface_hub import HfApi
 
@@ -162,18 +169,31 @@ def push(settings: Settings, output: Path, cards: dict[str, str]) -> list[str]:
         if repository is None:
             continue
         if not (output / folder).is_dir():
-            raise SettingsError(f"{output / folder}: is not there, so {variable} cannot be published; train first, or unset {variable}")
+            raise SettingsError(
+                f"{output / folder}: is not there, so {variable} cannot be published; train first, or unset {variable}"
+            )
         with _goes_on(settings), explained(variable, settings):
             full = api.create_repo(repository, private=settings.hub_private_repo, exist_ok=True).repo_id
             print(f"Hub: publishing {folder} to {full}", flush=True)
-            api.upload_folder(
-                repo_id=full, folder_path=output / folder, ignore_patterns=["README.md"], commit_message=f"Upload {folder}"
-            )
-            api.upload_file(
-                repo_id=full, path_in_repo="README.md", path_or_fileobj=cards[folder].encode(), commit_message="Model card"
-            )
+            _patiently(lambda: api.upload_folder(repo_id=full, folder_path=output / folder, commit_message=f"Upload {folder}"))  # noqa: B023
             published.append(f"{api.endpoint}/{full}")
     return published
+
+
+def _patiently(call: Callable[[], Any]) -> Any:
+    """Call again after a hiccup of the Hub: the client repeats its transfers, but not the commit at the end."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for pause in (2, 8, 0):
+        try:
+            return call()
+        except (HfHubHTTPError, httpx.TransportError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 503)
+            if not pause or status not in (429, 500, 502, 503, 504):
+                raise
+            print(f"Hub: HTTP {status}, trying again in {pause} s", flush=True)
+            time.sleep(pause)
 
 
 @contextlib.contextmanager

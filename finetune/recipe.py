@@ -64,6 +64,6 @@ def publish(settings: Settings) -> None:
     """Where PUSH_TO_HUB is set: push what is on disk from this run or an earlier one, after checking its hashes."""
     if settings.push_to_hub:
         output = Path(settings.output_dir)
-        record = folder.verify(output)
-        for address in hub.push(settings, output, {kind: report.card(record, kind) for kind in ("adapter", "merged")}):
+        folder.verify(output)
+        for address in hub.push(settings, output):
             print(f"published: {address}", flush=True)

@@ -263,9 +263,9 @@ class Declaration:
             if kind is bool:
                 return _BOOLEANS[value.lower()]
             if kind is int:
-                return self._in_range(int(value)) if re.fullmatch(r"[+-]?[0-9]+", value) else self._bad(value)
+                return self._in_range(int(value), raw) if re.fullmatch(r"[+-]?[0-9]+", value) else self._bad(value)
             if kind is float:
-                return self._in_range(float(value)) if re.fullmatch(_FLOAT, value) else self._bad(value)
+                return self._in_range(float(value), raw) if re.fullmatch(_FLOAT, value) else self._bad(value)
             if typing.get_origin(kind) is Literal:
                 value = value.lower()
                 if value not in typing.get_args(kind) and value in _BOOLEANS:
@@ -278,9 +278,9 @@ class Declaration:
             self._bad(raw)
         return raw
 
-    def _in_range(self, value: float) -> float:
+    def _in_range(self, value: float, raw: str) -> Any:
         inside = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-        return value if inside or value in self.also else self._bad(f"{value:g}")
+        return value if inside or value in self.also else self._bad(raw)
 
     def _bad(self, raw: str) -> Any:
         hint = "; a comment needs a line of its own" if " #" in raw else ""

@@ -147,7 +147,6 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
         fp16=cuda and dtype is torch.float16,
         use_cpu=not cuda,
         gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         max_length=settings.max_seq_length,
         dataset_num_proc=None,
         logging_steps=1,  # every update is recorded; LOGGING_STEPS is about the lines printed

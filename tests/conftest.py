@@ -1,0 +1,59 @@
+"""Models made once a session, and the entrypoint as a program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+# a free-running test: short rows of the bundled data, three updates, nothing asked
+QUICK = {
+    "DATASET_NAME": "samples", "DATASET_CONFIG": "en", "MAX_STEPS": "3", "PER_DEVICE_TRAIN_BATCH_SIZE": "1",
+    "GRADIENT_ACCUMULATION_STEPS": "2", "WARMUP_STEPS": "1", "MAX_SEQ_LENGTH": "256", "MAX_NEW_TOKENS": "0",
+    "LOGGING_STEPS": "1",
+}  # fmt: skip
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model(tmp_path_factory.mktemp("llama"), "llama", shards=True)
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model(tmp_path_factory.mktemp("qwen2"), "qwen2", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model(tmp_path_factory.mktemp("gpt2"), "gpt2", tie_word_embeddings=True)
+
+
+def environment(**values: Any) -> dict[str, str]:
+    """An environment without the user's own settings, offline and without a GPU."""
+    kept = {k: os.environ[k] for k in ("PATH", "HOME", "XDG_CACHE_HOME", "LANG", "TMPDIR") if k in os.environ}
+    return {**kept, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **{k: str(v) for k, v in values.items()}}
+
+
+def call(*words: str, cwd: Path = ROOT, timeout: float = 280, **values: Any) -> subprocess.CompletedProcess[str]:
+    """`entrypoint.py WORDS` in an environment of `values` alone."""
+    command = [sys.executable, str(ROOT / "entrypoint.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**values), cwd=cwd, timeout=timeout)
+
+
+def train(model: Path, output: Path, **values: Any) -> dict[str, Any]:
+    """A quick run that must succeed; its run.json."""
+    answer = call("train", **{**QUICK, "MODEL_NAME": model, "OUTPUT_DIR": output, **values})
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return dict(json.loads((output / "run.json").read_text()))

@@ -1,0 +1,212 @@
+"""Rows, texts and tokens, with real tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from finetune import data, hub
+from finetune.errors import SettingsError
+from finetune.settings import Settings
+
+ROW = {"Question": "What is it?", "Complex_CoT": "Let me think.", "Response": "It is this."}
+
+
+def settings(**values: Any) -> Settings:
+    return Settings.from_env({name: str(value) for name, value in values.items()})
+
+
+def rows_file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) if name.endswith("l") else json.dumps(rows)
+    path.write_text(text)
+    return path
+
+
+def loaded(path: Path, **values: Any) -> data.Rows:
+    return data.load(settings(DATASET_NAME=path, **values))
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def words(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny.tokenizer(request.param).save_pretrained(folder)
+    return data.tokenizer(hub.Source(request.param, None, folder))
+
+
+def tokens(rows: data.Rows, words: Any, **values: Any) -> data.Tokens:
+    return data.tokenize(rows, words, settings(DATASET_NAME=rows.name, **values))
+
+
+def test_bundled_rows() -> None:
+    both = data.load(settings(DATASET_NAME="samples"))
+    assert both.seen == len(both.rows) >= 24 and both.dropped == 0
+    chinese = data.load(settings(DATASET_NAME="samples", DATASET_CONFIG="zh", DATASET_SPLIT="train[:5]"))
+    assert len(chinese.rows) == 5 and any("\u4e00" <= c <= "\u9fff" for c in chinese.rows[0]["Question"])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    rows = [{**ROW, "Question": f'{i}: "quoted", 发热\nsecond line'} for i in range(5)]
+    if name.endswith(("jsonl", "json")):
+        path = rows_file(tmp_path, rows, name)
+    elif name.endswith("csv"):
+        import csv
+
+        path = tmp_path / name
+        with open(path, "w", encoding="utf-8-sig", newline="") as stream:
+            writer = csv.DictWriter(stream, list(ROW))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        path = tmp_path / name
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert loaded(path).rows == rows
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("train", range(10)), ("train[2:4]", range(2, 4)), ("train[:3]", range(3)), ("train[-2:]", range(8, 10)), ("train[10%:50%]", range(1, 5)), ("train[0:500]", range(10))],
+)  # fmt: skip
+def test_slices(tmp_path: Path, split: str, expected: range) -> None:
+    path = rows_file(tmp_path, [{**ROW, "Question": str(i)} for i in range(10)])
+    assert [row["Question"] for row in loaded(path, DATASET_SPLIT=split).rows] == [str(i) for i in expected]
+
+
+def test_a_split_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"DATASET_SPLIT=test.*only the split train"):
+        loaded(rows_file(tmp_path, [ROW]), DATASET_SPLIT="test")
+    with pytest.raises(SettingsError, match="holds no rows"):
+        loaded(rows_file(tmp_path, [ROW]), DATASET_SPLIT="train[5:9]")
+
+
+BAD = {
+    "null": {**ROW, "Response": None}, "number": {**ROW, "Response": 3}, "list": {**ROW, "Response": ["a"]},
+    "empty": {**ROW, "Response": ""}, "only white space": {**ROW, "Response": " \n\t\u3000"},
+    "no column Response": {"Question": "a", "Complex_CoT": "b"}, "not an object": ["a"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", BAD)
+def test_a_malformed_row_is_named_or_dropped(tmp_path: Path, why: str) -> None:
+    path = rows_file(tmp_path, [ROW, BAD[why], ROW])
+    with pytest.raises(SettingsError, match=rf"rows\.jsonl row 2 \(line 2\).*{why}[\s\S]*DROP_BAD_ROWS=1"):
+        loaded(path)
+    kept = loaded(path, DROP_BAD_ROWS=1)
+    assert (kept.seen, kept.dropped, len(kept.rows)) == (3, 1, 2)
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="all 1 rows are malformed"):
+        loaded(rows_file(tmp_path, [BAD["null"]]), DROP_BAD_ROWS=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("rows.jsonl", b'{"Question": "a"\n', "line 1: not JSON"), ("rows.json", b"{}", "holds no list"),
+        ("rows.json", b'{"a": 1}\n{"a": 2}\n', "named .jsonl"), ("rows.jsonl", b"\xff\xfe", "UTF-8"), ("rows.jsonl", b"", "holds no rows"),
+        ("rows.csv", b'a,b\n1,"2', "not CSV"), ("rows.csv", b"a,b\n1,2,3\n", "more fields"), ("rows.parquet", b"PAR1", "Parquet"),
+    ],
+)  # fmt: skip
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, why: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SettingsError, match=why):
+        loaded(tmp_path / name)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no such file"):
+        loaded(tmp_path / "absent.jsonl")
+    (tmp_path / "rows.xlsx").write_text("")
+    with pytest.raises(SettingsError, match="not a known kind"):
+        loaded(tmp_path / "rows.xlsx")
+
+
+def test_one_bos_one_eos_that_is_trained_on(tmp_path: Path, words: Any) -> None:
+    literal = {**ROW, "Response": f"{words.bos_token or ''}It is this.{words.eos_token}", "Question": f"a{words.eos_token}b"}
+    made = tokens(loaded(rows_file(tmp_path, [ROW, literal])), words).dataset
+    for ids, labels in zip(made["input_ids"], made["labels"], strict=True):
+        assert ids.count(words.eos_token_id) == 1 and ids[-1] == labels[-1] == words.eos_token_id
+        assert labels == ids  # TRAIN_ON=all: the loss is on the whole text
+        if words.bos_token_id is not None:
+            assert ids.count(words.bos_token_id) == 1 and ids[0] == words.bos_token_id
+    text = data.TEMPLATE.format(*ROW.values())
+    assert words.decode(made[0]["input_ids"], skip_special_tokens=True) == text
+
+
+def test_pad_is_not_eos(words: Any) -> None:
+    assert words.pad_token_id is not None and words.pad_token_id != words.eos_token_id
+
+
+def test_the_response_alone(tmp_path: Path, words: Any) -> None:
+    row = tokens(loaded(rows_file(tmp_path, [ROW])), words, TRAIN_ON="response").dataset[0]
+    trained = [token for token in row["labels"] if token != data.IGNORED]
+    assert words.decode(trained) == f"\nLet me think.\n</think>\nIt is this.{words.eos_token}"
+
+
+def test_overlong_rows_are_cut_counted_and_still_end(tmp_path: Path, words: Any) -> None:
+    long = {**ROW, "Response": "It is this. " * 100}
+    made = tokens(loaded(rows_file(tmp_path, [ROW, long])), words, MAX_SEQ_LENGTH=300)
+    assert made.truncated == 1 and made.longest == 300
+    assert made.dataset[1]["input_ids"][-1] == words.eos_token_id and len(made.dataset[1]["input_ids"]) == 300
+    with pytest.raises(SettingsError, match="nothing left to train on"):
+        tokens(loaded(rows_file(tmp_path, [ROW])), words, MAX_SEQ_LENGTH=20, TRAIN_ON="response")
+
+
+def test_the_order_of_rows_does_not_depend_on_processes(tmp_path: Path, words: Any) -> None:
+    rows = loaded(rows_file(tmp_path, [{**ROW, "Question": f"number {i}"} for i in range(301)]))
+    made = [tokens(rows, words, DATASET_NUM_PROC=n).dataset["input_ids"] for n in (1, 2, 4)]
+    assert list(made[0]) == list(made[1]) == list(made[2]) and len(made[0]) == 301
+
+
+def test_the_prompt_ends_where_the_answer_begins() -> None:
+    prompt = data.template(settings()).prompt("Why?")
+    assert prompt.endswith("### Question:\nWhy?\n### Response:\n<think>")
+    assert data.TEMPLATE.format("Why?", "a", "b").startswith(prompt)
+
+
+def test_a_template_of_ones_own(tmp_path: Path, words: Any) -> None:
+    (tmp_path / "template.txt").write_text("Q: {}\nA: {}\n")
+    path = rows_file(tmp_path, [{"q": "Why {}?", "a": "Because."}])
+    own = dict(PROMPT_TEMPLATE=tmp_path / "template.txt", PROMPT_COLUMNS="q", COMPLETION_COLUMNS="a")
+    row = tokens(loaded(path, **own), words, **own, TRAIN_ON="response").dataset[0]
+    assert words.decode(row["input_ids"], skip_special_tokens=True) == "Q: Why {}?\nA: Because."
+    assert words.decode([t for t in row["labels"] if t != data.IGNORED], skip_special_tokens=True) == " Because."
+    with pytest.raises(SettingsError, match=r"2 places \{\} for 3 columns"):
+        data.template(settings(PROMPT_TEMPLATE=tmp_path / "template.txt"))
+    with pytest.raises(SettingsError, match="cannot be read"):
+        data.template(settings(PROMPT_TEMPLATE=tmp_path / "absent.txt"))
+
+
+CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Farewell."}]  # fmt: skip
+
+
+def test_messages_go_through_the_chat_template(tmp_path: Path, words: Any) -> None:
+    rows = loaded(rows_file(tmp_path, [{"messages": CHAT}]))
+    assert rows.messages
+    if not words.chat_template:
+        with pytest.raises(SettingsError, match="no chat template"):
+            tokens(rows, words)
+        return
+    row = tokens(rows, words).dataset[0]
+    assert words.decode(row["input_ids"]) == str(words.apply_chat_template(CHAT, tokenize=False)).rstrip()
+    assert row["labels"][-1] == row["input_ids"][-1] == words.eos_token_id
+    only = tokens(rows, words, TRAIN_ON="response").dataset[0]
+    assert words.decode([t for t in only["labels"] if t != data.IGNORED]) == "Hi.<|im_end|>Farewell.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [([], "no list"), ("hello", "no list"), ([{"role": "user", "content": "a"}], "does not end with the assistant"), ([{"content": "a"}], "message 1 has no role"), ([{"role": "user", "content": None}], "content of message 1 is null")],
+)  # fmt: skip
+def test_malformed_messages(tmp_path: Path, messages: Any, why: str) -> None:
+    with pytest.raises(SettingsError, match=rf"row 1.*{why}"):
+        loaded(rows_file(tmp_path, [{"messages": messages}]))

@@ -1,0 +1,88 @@
+"""The entrypoint as a program: speed, exit codes, what it imports."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "unsloth", "datasets", "huggingface_hub", "trl", "peft", "numpy")
+
+
+def call(*words: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp")}
+    command = [sys.executable, str(ROOT / "entrypoint.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**clean, **environ}, cwd=cwd, timeout=60)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["env"], ["train", "MAX_STEPS=0"], ["check"], ["FOO=1"]])
+def test_light_verbs_import_nothing_heavy(words: list[str]) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import entrypoint\n"
+        f"entrypoint.main({words!r}, {{'PATH': '/nonexistent', 'HOME': '/tmp'}})\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert answer.stdout.splitlines()[-1] == "[]", answer.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["env"], ["train", "MAX_STEPS=0"]])
+def test_light_verbs_answer_in_a_fifth_of_a_second(words: list[str]) -> None:
+    seconds = []
+    for _ in range(7):
+        began = time.perf_counter()
+        call(*words)
+        seconds.append(time.perf_counter() - began)
+    assert statistics.median(seconds) < 0.2 or min(seconds) < 0.15, seconds
+
+
+def test_no_gpu_refuses_the_8b_model_with_the_ways_out() -> None:
+    answer = call(PATH="/usr/bin:/bin", CUDA_VISIBLE_DEVICES="")
+    assert answer.returncode == 3
+    for way in ("docker run --gpus all", "make smoke", "ENGINE=transformers"):
+        assert way in answer.stderr
+
+
+def test_engine_unsloth_without_a_gpu(tmp_path: Path) -> None:
+    answer = call("ENGINE=unsloth", f"OUTPUT_DIR={tmp_path}", CUDA_VISIBLE_DEVICES="")
+    assert answer.returncode == 3 and "ENGINE=transformers" in answer.stderr
+
+
+def test_settings_errors_are_exit_code_2() -> None:
+    answer = call("train", "MAX_STEPS=0", LEARNING_RATE="abc")
+    assert answer.returncode == 2 and answer.stderr.count("error: ") == 2 and answer.stdout == ""
+
+
+def test_precedence_of_line_environment_and_file(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("MAX_STEPS=0 # a comment\nLEARNING_RATE='abc'\nSEED=x\n")
+    answer = call("check", "SEED=y", cwd=tmp_path, LEARNING_RATE="def", LORA_R="")
+    assert "MAX_STEPS=0" in answer.stderr and "LEARNING_RATE=def" in answer.stderr and "SEED=y" in answer.stderr
+
+
+def test_an_unwritable_output_is_found_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    answer = call("check", f"OUTPUT_DIR={tmp_path}/file/inside", "MODEL_NAME=org/tiny-100M")
+    assert answer.returncode == 3 and "OUTPUT_DIR" in answer.stderr and "cannot be written" in answer.stderr
+
+
+def test_words_that_are_no_settings() -> None:
+    assert call("train", "steps", "3").returncode == 2
+    assert "did you mean MAX_STEPS" in call("--max-steps=3").stderr
+    assert call("ask").returncode == 2
+
+
+def test_anything_else_is_run_as_a_command() -> None:
+    answer = call("sh", "-c", "echo $HELLO; exit 7", HELLO="you")
+    assert (answer.stdout, answer.returncode) == ("you\n", 7)
+    missing = call("no-such-command")
+    assert missing.returncode == 127 and "verb" in missing.stderr
+
+
+def test_env_prints_the_reference() -> None:
+    assert call("env").stdout == (ROOT / "env.example").read_text()

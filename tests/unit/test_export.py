@@ -1,0 +1,166 @@
+"""The merge on real models of several architectures, against PEFT's own mathematics; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import tiny
+from finetune import export, files
+from finetune.errors import SettingsError
+from finetune.hub import Source
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {}, "llama-sharded": {"shards": True}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16}, "phi3": {"pad_token_id": 0}, "mistral": {}, "gpt2": {"tie_word_embeddings": True},
+}  # fmt: skip
+
+
+def adapted(folder: Path, output: Path, seed: int = 1, **options: Any) -> PeftModel:
+    """A model with a random adapter of some size, saved as a run would save it."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or (p.requires_grad and name.endswith("bias")):
+                p.normal_(std=0.05)
+    export.check_mergeable(model, Source("base", None, folder))
+    export.save_adapter(model, Source("base", None, folder), output)
+    return model.eval()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_equals_base_plus_adapter(tmp_path: Path, case: str) -> None:
+    folder = tiny.model(tmp_path / "base", case.partition("-")[0], **CASES[case])
+    model = adapted(folder, tmp_path)
+    done = export.merge(Source("base", None, folder), tmp_path)
+    base, merged = tensors(folder), tensors(tmp_path / "merged")
+    assert base.keys() == merged.keys() and done.changed + done.kept == len(base) and done.rounded_away == 0
+    assert sum(not torch.equal(base[name], merged[name]) for name in base) == done.changed == len(
+        [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
+    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        wanted, found = model(ids).logits, again(ids).logits
+    # each weight was rounded once to bfloat16 (8 bits, 0.4 %); over two layers that stays below 1 % of the logits' size
+    assert (wanted - found).abs().max() < 0.01 * wanted.abs().max() + 0.01
+
+
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"target_modules": ["q_proj"]}])
+def test_kinds_of_adapter(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = tiny.model(tmp_path / "base", "qwen2")
+    model = adapted(folder, tmp_path, **options)
+    export.merge(Source("base", None, folder), tmp_path)
+    reference = model.merge_and_unload().state_dict()
+    for name, value in tensors(tmp_path / "merged").items():
+        assert torch.equal(value, reference[name].to(torch.bfloat16)) or (value - reference[name]).abs().max() < 1e-3, name
+
+
+def test_the_same_bytes_each_time_and_for_any_number_of_threads(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base", shards=True)
+    adapted(folder, tmp_path)
+    export.merge(Source("base", None, folder), tmp_path)
+    first = files.digests(tmp_path / "merged")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    export.merge(Source("base", None, folder), tmp_path)
+    torch.set_num_threads(threads)
+    assert files.digests(tmp_path / "merged") == first
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base" and str(tmp_path) not in json.dumps(config)
+
+
+def test_a_float32_base_becomes_bfloat16(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder)
+    adapted(folder, tmp_path)
+    export.merge(Source("base", None, folder), tmp_path)
+    assert {value.dtype for value in tensors(tmp_path / "merged").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+def test_a_pytorch_bin_base(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    adapted(folder, tmp_path)
+    assert export.merge(Source("base", None, folder), tmp_path).changed == 14
+
+
+def test_learning_too_small_for_16_bits_is_counted(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base")
+    adapted(folder, tmp_path)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file({n: v * 0 if "lora_B" in n else v for n, v in weights.items()}, tmp_path / "adapter" / "adapter_model.safetensors")
+    assert export.merge(Source("base", None, folder), tmp_path).rounded_away == 14
+
+
+def test_the_original_eos_and_generation_config_stay(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": true}')
+    adapted(folder, tmp_path)
+    export.merge(Source("base", None, folder), tmp_path)
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (folder / name).read_bytes()
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["eos_token_id"] == json.loads((folder / "config.json").read_text())["eos_token_id"]
+
+
+def test_not_finite_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base")
+    adapted(folder, tmp_path)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(v for n, v in weights.items() if "lora_B" in n)[0, 0] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(export.MergeError, match="not finite"):
+        export.merge(Source("base", None, folder), tmp_path)
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.partial").exists()
+
+
+def test_a_disk_that_lies_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.model(tmp_path / "base")
+    adapted(folder, tmp_path)
+    write = export._write_safetensors
+
+    def flips_a_bit(path: Path, *rest: Any) -> None:
+        write(path, *rest)
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(export, "_write_safetensors", flips_a_bit)
+    with pytest.raises(export.MergeError, match="has no adapter, but is not the base's|is not base"):
+        export.merge(Source("base", None, folder), tmp_path)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_bases_that_cannot_be_merged_into(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base", shards=True)
+    adapted(folder, tmp_path)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(SettingsError, match="lacks model-00001"):
+        export.merge(Source("base", None, folder), tmp_path)
+    shard.write_bytes(content[:-10])
+    with pytest.raises(SettingsError, match="ends within"):
+        export.merge(Source("base", None, folder), tmp_path)
+    shard.write_bytes(content)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(SettingsError, match="quantised model"):
+        export.merge(Source("base", None, folder), tmp_path)

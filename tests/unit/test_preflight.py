@@ -1,0 +1,91 @@
+"""The machine's checks, with an nvidia-smi of our own on the PATH."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from finetune import preflight
+from finetune.errors import PreflightError
+from finetune.settings import Settings
+
+H100 = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 81079, 580.159.04, 9.0"
+T4 = "1, GPU-bb, Tesla T4, 15360, 15000, 580.159.04, 7.5"
+
+
+def machine(folder: Path, *lines: str) -> dict[str, str]:
+    """An environment in which nvidia-smi lists these GPUs."""
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)}
+
+
+def checked(folder: Path, *lines: str, cuda: tuple[int, int] = (13, 0), monkeypatch: pytest.MonkeyPatch, **values: str) -> list[str]:
+    monkeypatch.setattr(preflight, "cuda_version", lambda: cuda)
+    environ = machine(folder, *lines)
+    settings = Settings.from_env({"OUTPUT_DIR": str(folder / "out"), "SAVE_MERGED": "0", "MODEL_NAME": "org/some-100M", **values})
+    return preflight.check(settings, preflight.gpus(environ), environ)
+
+
+def test_reads_what_nvidia_smi_says(tmp_path: Path) -> None:
+    environ = machine(tmp_path, H100, T4)
+    first, second = preflight.gpus(environ)
+    assert first == preflight.Gpu("NVIDIA H100 80GB HBM3", 81559, 81079, "580.159.04", (9, 0))
+    assert second.capability == (7, 5)
+
+
+@pytest.mark.parametrize(("visible", "names"), [("1", ["Tesla T4"]), ("GPU-aa", ["NVIDIA H100 80GB HBM3"]), ("", []), ("-1", []), ("1,0", ["Tesla T4", "NVIDIA H100 80GB HBM3"]), ("1,9,0", ["Tesla T4"])])  # fmt: skip
+def test_cuda_visible_devices(tmp_path: Path, visible: str, names: list[str]) -> None:
+    assert [g.name for g in preflight.gpus({**machine(tmp_path, H100, T4), "CUDA_VISIBLE_DEVICES": visible})] == names
+
+
+def test_no_driver_no_gpu(tmp_path: Path) -> None:
+    assert preflight.gpus({"PATH": str(tmp_path)}) == []
+    assert preflight.gpus(machine(tmp_path, "NVIDIA-SMI has failed because it could not talk to the driver")) == []
+
+
+def test_an_old_driver_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = H100.replace("580.159.04", "535.104.05")
+    with pytest.raises(PreflightError, match=r"535\.104\.05.*CUDA 13\.0.*580.*CUDA=12\.8"):
+        checked(tmp_path, old, monkeypatch=monkeypatch)
+    assert checked(tmp_path, old, cuda=(12, 8), monkeypatch=monkeypatch)
+
+
+def test_an_old_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PreflightError, match=r"Tesla V100.*7\.0"):
+        checked(tmp_path, "0, GPU-cc, Tesla V100-SXM2-16GB, 16160, 16000, 580.1, 7.0", monkeypatch=monkeypatch)
+
+
+def test_bfloat16_on_a_t4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PreflightError, match="DTYPE"):
+        checked(tmp_path, T4.replace("1,", "0,", 1), monkeypatch=monkeypatch, DTYPE="bfloat16")
+
+
+def test_two_gpus_say_which_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any("only the first" in line for line in checked(tmp_path, H100, T4, monkeypatch=monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("unsloth/DeepSeek-R1-Distill-Llama-8B", 8e9), ("Qwen/Qwen2.5-0.5B-Instruct", 5e8), ("HuggingFaceTB/SmolLM2-135M", 135e6), ("org/mixtral-8x7B-v1", None), ("org/phi-4", None), ("org/v2b-model", None)],
+)  # fmt: skip
+def test_parameters_as_a_name_states_them(name: str, count: float | None) -> None:
+    assert preflight.parameters(name) == count
+
+
+def test_parameters_counted_in_a_folder(tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": {}, "a": {"dtype": "BF16", "shape": [3, 5], "data_offsets": [0, 30]}, "b": {"dtype": "BF16", "shape": [], "data_offsets": [30, 32]}}).encode()  # fmt: skip
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
+    assert preflight.parameters(str(tmp_path)) == 16
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 4)
+    with pytest.raises(PreflightError, match="not a whole safetensors file"):
+        preflight.parameters(str(tmp_path))
+
+
+def test_a_full_disk_is_found_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PreflightError, match=r"GB free, about .* needed"):
+        checked(tmp_path, H100, monkeypatch=monkeypatch, MODEL_NAME="org/huge-90000B", SAVE_MERGED="1")
