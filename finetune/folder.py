@@ -38,7 +38,7 @@ def begin(settings: Settings, output: Path, decides: dict[str, Any]) -> bool:
                 "again to go on with it, another OUTPUT_DIR to keep it, or OVERWRITE=1 to replace it.",
             )
         return complete
-    elif there := [name for name in PRODUCTS if (output / name).exists()]:
+    elif there := [name for name in PRODUCTS if (output / name).exists() and (output / name) != place.parent]:
         raise SettingsError(
             f"OUTPUT_DIR={output}: already holds {', '.join(there)}; give another folder, or OVERWRITE=1 to replace them"
         )

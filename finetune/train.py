@@ -51,14 +51,6 @@ class Fit:
         )
 
 
-class Stopped(BaseException):
-    """SIGTERM or SIGINT: the loop has ended at a whole update, with a checkpoint on disk."""
-
-    def __init__(self, number: int, step: int):
-        self.code, self.step = 128 + number, step
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-
-
 def seed_everything(seed: int) -> None:
     """Seed python, numpy, torch and CUDA, so that adapter, row order and dropout follow from SEED."""
     import numpy
@@ -74,7 +66,7 @@ def fit(
 ) -> Fit:
     """Train the adapter of `model` in place, from the newest whole checkpoint if there is one.
 
-    Raises Stopped after SIGTERM or SIGINT, Refusal where the loss is no longer a number.
+    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Refusal where the loss is no longer a number.
     """
     import torch
 
@@ -102,7 +94,8 @@ def fit(
     trainer.progress.close()
     seconds = time.perf_counter() - began
     if trainer.stop is not None:
-        raise Stopped(trainer.stop, trainer.state.global_step)
+        print(f"stopped at update {trainer.state.global_step}; the same command goes on from there", flush=True)
+        raise SystemExit(128 + trainer.stop)
     return Fit(
         metrics=trainer.metrics,
         resumed_from=int(resume.name.rpartition("-")[2]) if resume else None,
@@ -172,6 +165,7 @@ def _trainer_type() -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.trainer.stop is not None:
+                print(f"{signal.Signals(self.trainer.stop).name}: saving a checkpoint after update {state.global_step}", flush=True)
                 control.should_save = control.should_training_stop = True
 
     class OurTrainer(SFTTrainer):
@@ -253,9 +247,8 @@ def _signals(trainer: Any) -> Iterator[None]:
 
     def note(number: int, frame: Any) -> None:
         if trainer.stop is not None:
-            raise Stopped(number, trainer.state.global_step)
-        trainer.stop = number
-        print(f"{signal.Signals(number).name}: saving a checkpoint after this update", flush=True)
+            raise SystemExit(128 + number)
+        trainer.stop = number  # no print here: the signal may have come in the middle of one
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,0 +1,118 @@
+"""The Hub's part of a run, with the real client against a local server that speaks the Hub's HTTP API."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUICK, ROOT, environment
+from hub_server import HubServer
+
+SAMPLES = ROOT / "finetune" / "samples"
+
+
+@pytest.fixture
+def hub(qwen2: Path, tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as server:
+        server.add("model", "org/tiny", qwen2)
+        data = tmp_path / "data"
+        data.mkdir()
+        card = "---\nconfigs:\n- config_name: zh\n  data_files: zh.jsonl\n- config_name: en\n  data_files: en.jsonl\n---\n"
+        (data / "README.md").write_text(card)
+        for name in ("zh.jsonl", "en.jsonl"):
+            (data / name).write_bytes((SAMPLES / name).read_bytes())
+        server.add("dataset", "org/rows", data)
+        yield server
+
+
+def call(hub: HubServer, home: Path, *words: str, **values: Any) -> subprocess.CompletedProcess[str]:
+    settings = {**QUICK, "MODEL_NAME": "org/tiny", "DATASET_NAME": "org/rows", "DATASET_CONFIG": "zh", "OUTPUT_DIR": home / "out", **values}
+    environ = environment(**settings)
+    environ |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "NO_PROXY": "*", "no_proxy": "*"}
+    command = [sys.executable, str(ROOT / "entrypoint.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=280)
+
+
+def on_disk(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def published(hub: HubServer, name: str) -> dict[str, bytes]:
+    return {path: content for path, content in hub.files("model", name).items() if path != ".gitattributes"}
+
+
+def test_download_train_and_push(hub: HubServer, tmp_path: Path) -> None:
+    model, rows = (hub.repos[kind, name].branches["main"].sha for kind, name in (("model", "org/tiny"), ("dataset", "org/rows")))
+    answer = call(hub, tmp_path, "train", DATASET_SPLIT="train[2:7]", HF_TOKEN="hf_write", PUSH_TO_HUB=1, HUB_MODEL_ID="tester/out", HUB_MERGED_MODEL_ID="out-merged")  # fmt: skip
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "logged in as tester; the token may read and write" in answer.stdout
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["model"]["commit"] == model and record["dataset"]["commit"] == rows
+    assert record["dataset"]["seen"] == 5
+    assert published(hub, "tester/out") == on_disk(tmp_path / "out" / "adapter")
+    assert published(hub, "tester/out-merged") == on_disk(tmp_path / "out" / "merged")
+    assert hub.repos["model", "tester/out"].private
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/tiny" and config["revision"] == model
+    assert "base_model: org/tiny" in hub.files("model", "tester/out")["README.md"].decode()
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"hf_write" not in path.read_bytes(), path
+    assert "hf_write" not in answer.stdout + answer.stderr
+
+
+def test_a_push_that_fails_costs_nothing_and_the_next_one_goes_on(hub: HubServer, tmp_path: Path) -> None:
+    hub.fail_next(r"POST .*/commit/", status=403, times=1)
+    answer = call(hub, tmp_path, "train", HF_TOKEN="hf_write", PUSH_TO_HUB=1, HUB_MODEL_ID="tester/out")
+    assert answer.returncode == 4, answer.stdout + answer.stderr
+    assert "entrypoint.py push" in answer.stderr and "make push-hub" in answer.stderr and "hf_write" not in answer.stderr
+    assert (tmp_path / "out" / "run.json").is_file() and (tmp_path / "out" / "merged" / "model.safetensors").is_file()
+    again = call(hub, tmp_path, "push", HF_TOKEN="hf_write", HUB_MODEL_ID="tester/out")
+    assert again.returncode == 0, again.stderr
+    assert "step 1/3" not in again.stdout
+    assert published(hub, "tester/out") == on_disk(tmp_path / "out" / "adapter")
+    (tmp_path / "out" / "adapter" / "adapter_config.json").write_text("{}")
+    damaged = call(hub, tmp_path, "push", HF_TOKEN="hf_write", HUB_MODEL_ID="tester/out")
+    assert damaged.returncode == 2 and "adapter/adapter_config.json" in damaged.stderr
+
+
+def test_a_hiccup_at_the_commit_is_repeated(hub: HubServer, tmp_path: Path) -> None:
+    hub.fail_next(r"POST .*/commit/", status=503, times=1)
+    answer = call(hub, tmp_path, "train", HF_TOKEN="hf_write", PUSH_TO_HUB=1, HUB_MODEL_ID="tester/out")
+    assert answer.returncode == 0 and "trying again" in answer.stdout, answer.stderr
+
+
+def test_a_pinned_revision_is_what_is_loaded(hub: HubServer, tmp_path: Path, llama: Path) -> None:
+    first = hub.repos["model", "org/tiny"].branches["main"].sha
+    hub.add("model", "org/tiny", {"config.json": b"{}"})
+    answer = call(hub, tmp_path, "train", MODEL_REVISION=first, SAVE_MERGED=0)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model"]["commit"] == first
+
+
+@pytest.mark.parametrize(
+    ("values", "code", "words"),
+    [
+        ({"HF_TOKEN": "hf_wrong"}, 4, "HF_TOKEN: the Hub refuses this token"),
+        ({"HF_TOKEN": "hf_read", "PUSH_TO_HUB": 1, "HUB_MODEL_ID": "tester/out"}, 4, "may only read"),
+        ({"MODEL_NAME": "org/absent"}, 2, "MODEL_NAME=org/absent: the Hub has no such repository"),
+        ({"DATASET_NAME": "org/absent"}, 2, "DATASET_NAME=org/absent: the Hub has no such repository"),
+        ({"MODEL_REVISION": "v9"}, 2, "MODEL_REVISION=v9"), ({"DATASET_REVISION": "v9"}, 2, "DATASET_REVISION=v9"),
+        ({"DATASET_SPLIT": "test[0:5]"}, 2, "DATASET_SPLIT=test[0:5]: org/rows has train"), ({"DATASET_CONFIG": "fr"}, 2, "DATASET_CONFIG=fr"),
+        ({"COMPLETION_COLUMNS": "Answer"}, 2, "org/rows train row 1: has no column Answer"),
+    ],
+)  # fmt: skip
+def test_refusals(hub: HubServer, tmp_path: Path, values: dict[str, Any], code: int, words: str) -> None:
+    answer = call(hub, tmp_path, "train", **values)
+    assert answer.returncode == code and words in answer.stderr and "Traceback" not in answer.stderr, answer.stdout + answer.stderr
+
+
+def test_no_hub_at_all(tmp_path: Path) -> None:
+    with HubServer() as gone:
+        pass
+    answer = call(gone, tmp_path, "train")
+    assert answer.returncode == 4 and "cannot be reached" in answer.stderr and "Traceback" not in answer.stderr, answer.stderr
