@@ -16,8 +16,6 @@ ALWAYS = {
     "WANDB_SILENT": "true",
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizing processes are forked
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 CACHES = {
     "HF_HOME": "huggingface",
