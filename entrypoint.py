@@ -42,7 +42,7 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
     try:
         run(verb, words, environ)
     except Refusal as refusal:
-        print(*(f"error: {problem}" for problem in refusal.problems), sep="\n", file=sys.stderr, flush=True)
+        print(*(f"error: {problem}" for problem in refusal.problems), sep="\n", file=sys.stderr)
         return refusal.code
     return 0
 
@@ -72,7 +72,9 @@ def execute(argv: list[str], environ: Mapping[str, str]) -> int:
     try:
         os.execvpe(argv[0], argv, dict(environ))
     except OSError as error:
-        print(f"error: {argv[0]}: neither a verb ({', '.join(VERBS)}) nor a command ({error.strerror})", file=sys.stderr)
+        print(
+            f"error: {argv[0]}: neither a verb ({', '.join(VERBS)}) nor a command ({error.strerror})", file=sys.stderr
+        )
         return 127 if isinstance(error, FileNotFoundError) else 126
 
 

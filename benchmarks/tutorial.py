@@ -6,7 +6,9 @@
 
 Times skip the first 8 steps; tokens are real tokens (no padding counted).
 """
+
 import argparse
+import itertools
 import json
 import os
 import time
@@ -38,16 +40,29 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 lora = dict(r=16, lora_alpha=16, lora_dropout=0, bias="none", target_modules=TARGETS)
 extra = dict(gradient_checkpointing=checkpointing)
 if args.engine == "unsloth":
-    model, tokenizer = FastLanguageModel.from_pretrained(f"{work}/model", max_seq_length=2048, dtype=None, load_in_4bit=True)
-    model = FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing="unsloth" if checkpointing else False,
-                                             random_state=3407, use_rslora=False, loftq_config=None)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        f"{work}/model", max_seq_length=2048, dtype=None, load_in_4bit=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        **lora,
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
+        random_state=3407,
+        use_rslora=False,
+        loftq_config=None,
+    )
 else:
     tokenizer = AutoTokenizer.from_pretrained(f"{work}/model")
     tokenizer.pad_token = tokenizer.pad_token or "<|reserved_special_token_0|>"
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                      bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(f"{work}/model", quantization_config=quantization, dtype=torch.bfloat16,
-                                                 device_map={"": 0})
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        f"{work}/model", quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
+    )
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     if checkpointing:
@@ -67,9 +82,11 @@ Please answer the following medical question.
 {}
 </think>
 {}"""
-rows = json.load(open(f"{work}/rows.json"))
-dataset = Dataset.from_list([
-    {"text": TEMPLATE.format(r["Question"], r["Complex_CoT"], r["Response"]) + tokenizer.eos_token} for r in rows])
+with open(f"{work}/rows.json") as stream:
+    rows = json.load(stream)
+dataset = Dataset.from_list(
+    [{"text": TEMPLATE.format(r["Question"], r["Complex_CoT"], r["Response"]) + tokenizer.eos_token} for r in rows]
+)
 ends, losses = [], []
 
 
@@ -84,20 +101,50 @@ class Clock(TrainerCallback):
 
 
 config = SFTConfig(
-    output_dir="/tmp/out", per_device_train_batch_size=args.micro_batch, gradient_accumulation_steps=args.accumulation,
-    warmup_steps=5, max_steps=args.steps, learning_rate=2e-4, bf16=True, logging_steps=1, optim="adamw_8bit",
-    weight_decay=0.01, lr_scheduler_type="linear", seed=3407, report_to="none", save_strategy="no",
-    dataset_text_field="text", max_length=2048, disable_tqdm=True, **extra)
+    output_dir="/tmp/out",
+    per_device_train_batch_size=args.micro_batch,
+    gradient_accumulation_steps=args.accumulation,
+    warmup_steps=5,
+    max_steps=args.steps,
+    learning_rate=2e-4,
+    bf16=True,
+    logging_steps=1,
+    optim="adamw_8bit",
+    weight_decay=0.01,
+    lr_scheduler_type="linear",
+    seed=3407,
+    report_to="none",
+    save_strategy="no",
+    dataset_text_field="text",
+    max_length=2048,
+    disable_tqdm=True,
+    **extra,
+)
 trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=dataset, args=config, callbacks=[Clock()])
 lengths = [len(x) for x in trainer.train_dataset["input_ids"]]
 torch.cuda.reset_peak_memory_stats()
 began = time.time()
 trainer.train()
-steps = [b - a for a, b in zip(ends[7:], ends[8:], strict=False)]
+steps = [b - a for a, b in itertools.pairwise(ends[7:])]
 step = sum(steps) / len(steps)
 tokens = sum(lengths) / len(lengths) * args.micro_batch * args.accumulation
-print("RESULT " + json.dumps(dict(
-    engine=args.engine, micro_batch=args.micro_batch, accumulation=args.accumulation, checkpointing=checkpointing,
-    import_s=round(imported - start, 1), load_s=round(loaded - imported, 1), first_step_s=round(ends[0] - began, 1),
-    step_s=round(step, 3), median_step_s=round(sorted(steps)[len(steps) // 2], 3), tokens_per_s=round(tokens / step), peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
-    losses=losses[:3] + losses[-1:])), flush=True)
+print(
+    "RESULT "
+    + json.dumps(
+        dict(
+            engine=args.engine,
+            micro_batch=args.micro_batch,
+            accumulation=args.accumulation,
+            checkpointing=checkpointing,
+            import_s=round(imported - start, 1),
+            load_s=round(loaded - imported, 1),
+            first_step_s=round(ends[0] - began, 1),
+            step_s=round(step, 3),
+            median_step_s=round(sorted(steps)[len(steps) // 2], 3),
+            tokens_per_s=round(tokens / step),
+            peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            losses=losses[:3] + losses[-1:],
+        )
+    ),
+    flush=True,
+)

@@ -102,7 +102,9 @@ def ask(question: str, settings: Settings) -> None:
         found = output / "merged"
         model = AutoModelForCausalLM.from_pretrained(found, **place)
     else:
-        raise SettingsError(f"OUTPUT_DIR={output}: neither adapter nor merged weights are there; train with SAVE_ADAPTER=1")
+        raise SettingsError(
+            f"OUTPUT_DIR={output}: neither adapter nor merged weights are there; train with SAVE_ADAPTER=1"
+        )
     loaded = data.tokenizer(hub.Source(str(found), None, found))
     as_trained = settings.replaced(
         prompt_template=record["settings"]["PROMPT_TEMPLATE"],
@@ -112,4 +114,3 @@ def ask(question: str, settings: Settings) -> None:
     prompt = prompt_for(question, loaded, as_trained, bool(record["dataset"]["messages"]))
     model.eval()
     answer(model, loaded, prompt, settings.max_new_tokens or 1200, show=True)
-

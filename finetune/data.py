@@ -55,7 +55,12 @@ class Rows:
     def record(self) -> dict[str, Any]:
         """What run.json says of the data."""
         return dict(
-            name=self.name, commit=self.commit, messages=self.messages, seen=self.seen, dropped=self.dropped, sha256=self.sha256
+            name=self.name,
+            commit=self.commit,
+            messages=self.messages,
+            seen=self.seen,
+            dropped=self.dropped,
+            sha256=self.sha256,
         )
 
 
@@ -68,10 +73,15 @@ def load(settings: Settings) -> Rows:
     if name == "samples":
         folder = Path(__file__).with_name("samples")
         languages = [settings.dataset_config] if settings.dataset_config else ["en", "zh"]
-        source = [(f"samples/{language}.jsonl", row) for language in languages for row in _jsonl(folder / f"{language}.jsonl")]
+        source = [
+            (f"samples/{language}.jsonl", row) for language in languages for row in _jsonl(folder / f"{language}.jsonl")
+        ]
         commit, found = None, _slice(settings, [(f"{file} {where}", row) for file, (where, row) in source])
     elif name.lower().endswith(SUFFIXES) or name.startswith((".", "/", "~")):
-        commit, found = None, _slice(settings, [(f"{name} {where}", row) for where, row in _file(Path(name).expanduser())])
+        commit, found = (
+            None,
+            _slice(settings, [(f"{name} {where}", row) for where, row in _file(Path(name).expanduser())]),
+        )
     else:
         commit, found = _from_hub(settings)
     if not found:
@@ -118,16 +128,22 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[tuple[str, Row]]]:
                 raise SettingsError(f"DATASET_SPLIT={settings.dataset_split}: {name} has {splits}, for example DATASET_SPLIT={splits.split(',')[0]}") from None  # fmt: skip
             raise SettingsError(f"DATASET_NAME={name}: cannot be read as a data set ({_line(error)})") from None
     rows = found.select(_range(settings, len(found)))
-    return commit, [(f"{name} {split} row {index + 1}", row) for index, row in zip(_range(settings, len(found)), rows, strict=True)]
+    return commit, [
+        (f"{name} {split} row {index + 1}", row) for index, row in zip(_range(settings, len(found)), rows, strict=True)
+    ]
 
 
 def _file(path: Path) -> Iterator[tuple[str, Row]]:
     """The rows of a local file, each with its place."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise SettingsError(f"DATASET_NAME={path}: not a known kind of file; it takes {', '.join(SUFFIXES)}, for example DATASET_NAME=rows.jsonl")
+        raise SettingsError(
+            f"DATASET_NAME={path}: not a known kind of file; it takes {', '.join(SUFFIXES)}, for example DATASET_NAME=rows.jsonl"
+        )
     if not path.is_file():
-        raise SettingsError(f"DATASET_NAME={path}: there is no such file; give its path, in a container the one it is mounted at")
+        raise SettingsError(
+            f"DATASET_NAME={path}: there is no such file; give its path, in a container the one it is mounted at"
+        )
     try:
         yield from {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[suffix](path)
     except UnicodeDecodeError as error:
@@ -146,7 +162,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise SettingsError(f"{path} line {number}: not JSON ({error}); each line is one object, such as {{\"Question\": \"…\"}}") from None
+                raise SettingsError(
+                    f'{path} line {number}: not JSON ({error}); each line is one object, such as {{"Question": "…"}}'
+                ) from None
             yield f"row {index} (line {number})", row
 
 
@@ -155,12 +173,16 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         rows = json.loads(text)
     except ValueError as error:
-        raise SettingsError(f"DATASET_NAME={path}: not JSON ({error}); a file with one object a line is named .jsonl") from None
+        raise SettingsError(
+            f"DATASET_NAME={path}: not JSON ({error}); a file with one object a line is named .jsonl"
+        ) from None
     if isinstance(rows, dict):  # {"data": [...]} and the like
         lists = [value for value in rows.values() if isinstance(value, list)]
         rows = lists[0] if len(lists) == 1 else rows
     if not isinstance(rows, list):
-        raise SettingsError(f"DATASET_NAME={path}: holds no list; it takes a list of objects, such as [{{\"Question\": \"…\"}}]")
+        raise SettingsError(
+            f'DATASET_NAME={path}: holds no list; it takes a list of objects, such as [{{"Question": "…"}}]'
+        )
     for index, row in enumerate(rows, 1):
         yield f"row {index}", row
 
@@ -173,7 +195,9 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             for index, row in enumerate(reader, 1):
                 place = f"row {index} (line {reader.line_num})"
                 if None in row:
-                    raise SettingsError(f"{path} {place}: has more fields than the header; put fields with commas in quotes")
+                    raise SettingsError(
+                        f"{path} {place}: has more fields than the header; put fields with commas in quotes"
+                    )
                 yield place, row
         except csv.Error as error:
             raise SettingsError(f"{path} line {reader.line_num}: not CSV ({error})") from None
@@ -197,7 +221,9 @@ def _slice(settings: Settings, rows: list[tuple[str, Row]]) -> list[tuple[str, R
     """The slice of a local file, whose only split is `train`."""
     parsed = re.fullmatch(SPLIT, settings.dataset_split)
     if parsed is None or parsed["name"] != "train":
-        raise SettingsError(f"DATASET_SPLIT={settings.dataset_split}: a file has only the split train, for example DATASET_SPLIT=train[0:500]")
+        raise SettingsError(
+            f"DATASET_SPLIT={settings.dataset_split}: a file has only the split train, for example DATASET_SPLIT=train[0:500]"
+        )
     return [rows[index] for index in _range(settings, len(rows))]
 
 
@@ -286,7 +312,9 @@ def template(settings: Settings) -> Template:
         try:
             text = Path(settings.prompt_template).expanduser().read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{shown}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+            raise SettingsError(
+                f"{shown}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
+            ) from None
     else:
         shown = "the medical reasoning template"
     if text.count("{}") != len(columns):
@@ -306,11 +334,15 @@ def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"MODEL_NAME={source.name}: its tokenizer cannot be loaded ({_line(error)})") from None
     if loaded.eos_token_id is None:
-        raise SettingsError(f"MODEL_NAME={source.name}: its tokenizer has no EOS token, so a model could never end an answer")
+        raise SettingsError(
+            f"MODEL_NAME={source.name}: its tokenizer has no EOS token, so a model could never end an answer"
+        )
     if loaded.pad_token_id is None or loaded.pad_token_id == loaded.eos_token_id:
         # any special token will do that is neither: its label is always IGNORED
         taken = {loaded.eos_token, loaded.bos_token}
-        special = [t for t in [*map(str, loaded.added_tokens_decoder.values()), loaded.unk_token] if t and t not in taken]
+        special = [
+            t for t in [*map(str, loaded.added_tokens_decoder.values()), loaded.unk_token] if t and t not in taken
+        ]
         likely = sorted(special, key=lambda t: (not re.search("pad", t, re.IGNORECASE), "reserved" not in t))
         if likely:
             loaded.pad_token = likely[0]
@@ -332,7 +364,9 @@ class Tokens:
 
     def describe(self) -> str:
         """One line for the console."""
-        return f"{len(self.dataset)} rows, {self.total:,} tokens, the longest {self.longest}, {self.truncated} truncated"
+        return (
+            f"{len(self.dataset)} rows, {self.total:,} tokens, the longest {self.longest}, {self.truncated} truncated"
+        )
 
 
 def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Tokens:
@@ -358,9 +392,8 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
         as_text = functools.partial(_template_text, template(settings), tokenizer, settings.prompt_columns + settings.completion_columns)  # fmt: skip
     encode = functools.partial(_encode, as_text, tokenizer, settings.max_seq_length, settings.train_on == "response")
     source = Dataset.from_list([{"row": json.dumps(row, ensure_ascii=False)} for row in rows.rows])
-    processes = min(settings.dataset_num_proc, len(source))
     # below a few hundred rows a second process costs more time than it saves
-    processes = processes if processes > 1 and len(source) > 250 else None
+    processes = settings.dataset_num_proc if settings.dataset_num_proc > 1 and len(source) > 250 else None
     mapped = source.map(encode, remove_columns=["row"], num_proc=processes, load_from_cache_file=False)
     lost = sum(all(label == IGNORED for label in labels[:-1]) for labels in mapped["labels"])
     if lost:
@@ -373,7 +406,9 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
     return Tokens(mapped.remove_columns(["truncated"]), truncated, max(lengths), sum(lengths))
 
 
-def _template_text(template: Template, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], row: Row) -> tuple[str, list[tuple[int, int]]]:
+def _template_text(
+    template: Template, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], row: Row
+) -> tuple[str, list[tuple[int, int]]]:
     """Text and the character spans that are the response. BOS and EOS written out in a row are taken out of it."""
     special = [token for token in (tokenizer.eos_token, tokenizer.bos_token) if token]
     values = []
@@ -394,13 +429,19 @@ def _chat_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[
         spans = []
         for index, turn in enumerate(messages):
             if turn["role"] == "assistant":
-                before = str(tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)) if index else ""
+                before = (
+                    str(tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True))
+                    if index
+                    else ""
+                )
                 through = str(tokenizer.apply_chat_template(messages[: index + 1], tokenize=False))
                 # a template may rewrite earlier turns (drop their reasoning): such a turn has no span of its own
                 if text.startswith(before) and text.startswith(through.rstrip()):
                     spans.append((len(before), len(through.rstrip())))
     except Exception as error:  # templates raise what they like
-        raise SettingsError(f"the model's chat template refuses a row ({_line(error)}); its messages begin: {str(messages)[:120]}") from None
+        raise SettingsError(
+            f"the model's chat template refuses a row ({_line(error)}); its messages begin: {str(messages)[:120]}"
+        ) from None
     if not spans:
         raise SettingsError(f"the model's chat template leaves no answer to train on in: {str(messages)[:120]}")
     eos = tokenizer.eos_token

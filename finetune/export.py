@@ -82,15 +82,19 @@ def merge(source: Source, output: Path, device: str = "cpu") -> Merged:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        work = [(shard, partial / name) for shard, name in zip(base.shards, _shard_names(len(base.shards)), strict=True)]
+        work = [
+            (shard, partial / name) for shard, name in zip(base.shards, _shard_names(len(base.shards)), strict=True)
+        ]
         # each worker holds one tensor and its float64 copy: at most 5 GB for the largest matrix of an 8B model
         with ThreadPoolExecutor(min(4, len(work), os.cpu_count() or 1)) as pool:
-            counts = list(pool.map(lambda job: _merge_shard(*job, adapter, targets, device), work))
+            counts = list(pool.map(lambda job: _merge_shard(job[0], job[1], adapter, targets, device), work))
         size = sum(path.stat().st_size for _, path in work)
         if len(work) > 1:
             weights = {name: path.name for shard, path in work for name in shard.names}
             total = sum(_bytes(path) for _, path in work)
-            files.write_json(partial / INDEX, dict(metadata=dict(total_size=total), weight_map=dict(sorted(weights.items()))))
+            files.write_json(
+                partial / INDEX, dict(metadata=dict(total_size=total), weight_map=dict(sorted(weights.items())))
+            )
         _write_configs(source, base, partial)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -138,7 +142,7 @@ class Shard:
 
         if self.path.suffix != ".safetensors":
             return self.loaded[name].dtype
-        return getattr(torch, CODES[self.header[name]["dtype"]])  # type: ignore[no-any-return]
+        return getattr(torch, CODES[self.header[name]["dtype"]])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors, in the order of the file."""
@@ -153,7 +157,7 @@ class Shard:
                 start, end = self.header[name]["data_offsets"]
                 content = torch.empty(end - start, dtype=torch.uint8)
                 stream.seek(data + start)
-                if end > start and stream.readinto(content.numpy()) != end - start:  # type: ignore[arg-type]
+                if end > start and stream.readinto(content.numpy()) != end - start:
                     raise SettingsError(f"{self.path}: ends within {name}; download or copy the model again")
                 yield name, content.view(self.dtype(name)).reshape(self.shapes[name])
 
@@ -176,7 +180,9 @@ class Base:
             else:
                 continue
             if missing := [name for name in names if not (folder / name).is_file()]:
-                raise SettingsError(f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again")
+                raise SettingsError(
+                    f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again"
+                )
             self.shards = [Shard(folder / name) for name in names]
             break
         else:
@@ -283,7 +289,9 @@ def _merged_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype in (torch.float32, torch.float64) else dtype
 
 
-def _merge_shard(shard: Shard, path: Path, adapter: Adapter, targets: dict[str, Target], device: str) -> tuple[int, int, int]:
+def _merge_shard(
+    shard: Shard, path: Path, adapter: Adapter, targets: dict[str, Target], device: str
+) -> tuple[int, int, int]:
     """Write one shard, then read it back and compare. Returns the counts (changed, rounded away, kept)."""
 
     def merged(name: str, weight: Tensor) -> Tensor:
@@ -341,7 +349,9 @@ def _shard_names(count: int) -> list[str]:
 
 
 def _bytes(path: Path) -> int:
-    return sum(e["data_offsets"][1] - e["data_offsets"][0] for n, e in safetensors_header(path).items() if n != "__metadata__")
+    return sum(
+        e["data_offsets"][1] - e["data_offsets"][0] for n, e in safetensors_header(path).items() if n != "__metadata__"
+    )
 
 
 def _write_configs(source: Source, base: Base, folder: Path) -> None:

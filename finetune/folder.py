@@ -74,5 +74,7 @@ def verify(output: Path) -> dict[str, Any]:
         elif files.sha256(path) != expected["sha256"]:
             problems.append(f"{path}: is not the file that the run wrote (its sha256 differs)")
     if problems:
-        raise SettingsError(*problems, f"OUTPUT_DIR={output}: is not whole; take a copy that is, or train again with OVERWRITE=1")
+        raise SettingsError(
+            *problems, f"OUTPUT_DIR={output}: is not whole; take a copy that is, or train again with OVERWRITE=1"
+        )
     return record

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import HubError, PreflightError, SettingsError
+from finetune.folder import verify
 from finetune.settings import Settings
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -65,7 +67,10 @@ def may_write(whoami: dict[str, Any]) -> bool:
     if access.get("role") != "fineGrained":
         return access.get("role") == "write"
     scopes = access.get("fineGrained", {})
-    granted = [*scopes.get("global", []), *(p for scope in scopes.get("scoped", []) for p in scope.get("permissions", []))]
+    granted = [
+        *scopes.get("global", []),
+        *(p for scope in scopes.get("scoped", []) for p in scope.get("permissions", [])),
+    ]
     return "repo.write" in granted
 
 
@@ -82,7 +87,9 @@ def fetch_model(settings: Settings) -> Source:
             raise SettingsError(f"MODEL_NAME={name}: the folder has no config.json, so it is not a model's folder")
         return Source(name, None, folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise SettingsError(f"MODEL_NAME={name}: there is no such folder; it takes a folder or a Hub name such as owner/name")
+        raise SettingsError(
+            f"MODEL_NAME={name}: there is no such folder; it takes a folder or a Hub name such as owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     asked: dict[str, Any] = dict(repo_id=name, revision=settings.model_revision, token=token(settings))
@@ -91,7 +98,9 @@ def fetch_model(settings: Settings) -> Source:
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(**asked, allow_patterns=[*OLD_WEIGHTS, *TEXTS], ignore_patterns=IGNORED))
     if not any(found.glob("*.safetensors")) and not any(found.glob("pytorch_model*.bin")):
-        raise SettingsError(f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)")
+        raise SettingsError(
+            f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)"
+        )
     return Source(name, found.name, found)
 
 
@@ -124,7 +133,9 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
             f"{variable.replace('_NAME', '_REVISION')}={revision}: {name} has no such branch, tag or commit, for example main"
         ) from None
     except errors.HFValidationError:
-        raise SettingsError(f"{shown}: not a repository name; it takes owner/name, or the path of a folder that exists") from None
+        raise SettingsError(
+            f"{shown}: not a repository name; it takes owner/name, or the path of a folder that exists"
+        ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         cause = error.__cause__ or error
         status = getattr(getattr(cause, "response", None), "status_code", None)
@@ -138,12 +149,18 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "?")
         if variable == "HF_TOKEN" and status == 401:
-            raise HubError("HF_TOKEN: the Hub refuses this token; make a new one in its settings, Access Tokens") from None
+            raise HubError(
+                "HF_TOKEN: the Hub refuses this token; make a new one in its settings, Access Tokens"
+            ) from None
         if status in (401, 403):
-            raise HubError(f"{shown}: HF_TOKEN is not allowed to do this (HTTP {status}); use a token with the right to it") from None
+            raise HubError(
+                f"{shown}: HF_TOKEN is not allowed to do this (HTTP {status}); use a token with the right to it"
+            ) from None
         raise HubError(f"{shown}: the Hub answered HTTP {status} ({_short(error)}); try again") from None
     except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
-        raise HubError(f"{shown}: the Hub cannot be reached ({_short(error)}). Check the network, the proxy or HF_ENDPOINT.") from None
+        raise HubError(
+            f"{shown}: the Hub cannot be reached ({_short(error)}). Check the network, the proxy or HF_ENDPOINT."
+        ) from None
     except OSError as error:
         if error.errno == 28:
             raise PreflightError(f"{shown}: the disk is full; free some or point HF_HOME to a larger one") from None
@@ -154,14 +171,17 @@ def _short(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def push(settings: Settings, output: Path) -> list[str]:
-    """Publish the verified folders of `output`, each with its card in one commit; returns the addresses.
+def publish(settings: Settings) -> None:
+    """Where PUSH_TO_HUB is set: push what a run left in OUTPUT_DIR, each folder with its card in one commit.
 
-    Raises HubError, with everything still on disk.
+    The files' hashes are checked first. Raises HubError, with everything still on disk.
     """
+    if not settings.push_to_hub:
+        return
     from huggingface_hub import HfApi
 
-    api, published = HfApi(token=token(settings)), []
+    api, output = HfApi(token=token(settings)), Path(settings.output_dir)
+    verify(output)
     for folder, variable, repository in (
         ("adapter", "HUB_MODEL_ID", settings.hub_model_id),
         ("merged", "HUB_MERGED_MODEL_ID", settings.hub_merged_model_id),
@@ -175,9 +195,12 @@ def push(settings: Settings, output: Path) -> list[str]:
         with _goes_on(settings), explained(variable, settings):
             full = api.create_repo(repository, private=settings.hub_private_repo, exist_ok=True).repo_id
             print(f"Hub: publishing {folder} to {full}", flush=True)
-            _patiently(lambda: api.upload_folder(repo_id=full, folder_path=output / folder, commit_message=f"Upload {folder}"))  # noqa: B023
-            published.append(f"{api.endpoint}/{full}")
-    return published
+            _patiently(
+                functools.partial(
+                    api.upload_folder, repo_id=full, folder_path=output / folder, commit_message=f"Upload {folder}"
+                )
+            )
+            print(f"published: {api.endpoint}/{full}", flush=True)
 
 
 def _patiently(call: Callable[[], Any]) -> Any:

@@ -60,11 +60,17 @@ def variables(settings: Settings, layered: Mapping[str, str]) -> dict[str, str]:
 def _caches(layered: Mapping[str, str]) -> dict[str, str]:
     """A writable place for each cache: the one named, or a temporary folder where that cannot be written."""
     home = Path(layered.get("XDG_CACHE_HOME") or Path(layered.get("HOME") or "/nonexistent") / ".cache")
-    named = {name: Path(layered.get(name) or home / ("" if name == "HF_HOME" else "finetune") / part) for name, part in CACHES.items()}
+    named = {
+        name: Path(layered.get(name) or home / ("" if name == "HF_HOME" else "finetune") / part)
+        for name, part in CACHES.items()
+    }
     lost = [name for name, place in named.items() if not _writable(place)]
     if lost:
         temporary = Path(tempfile.gettempdir()) / f"finetune-cache-{os.getuid()}"
-        print(f"caches: {', '.join(lost)} cannot be written and go to {temporary}, which may not outlast this run", flush=True)
+        print(
+            f"caches: {', '.join(lost)} cannot be written and go to {temporary}, which may not outlast this run",
+            flush=True,
+        )
         named |= {name: temporary / CACHES[name] for name in lost}
     return {name: str(place) for name, place in named.items()} | {"USER": layered.get("USER") or f"uid{os.getuid()}"}
 

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import PreflightError
 from finetune.settings import Settings
@@ -96,7 +97,7 @@ def parameters(model_name: str) -> int | None:
     return int(float(number) * (1e9 if unit in "Bb" else 1e6))
 
 
-def safetensors_header(file: Path) -> dict[str, dict[str, list[int]]]:
+def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file. Raises PreflightError where the file is damaged."""
     try:
         with open(file, "rb") as stream:

@@ -28,10 +28,9 @@ def run(settings: Settings, environ: Mapping[str, str]) -> None:
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(rows, tokenizer, settings)
     console.phase("loading", f"data: {tokens.describe()}, {rows.dropped} dropped")
-    decides = {"engine": choice.name, "commit of the model": source.commit, "sha256 of the rows": rows.sha256}
-    if folder.begin(settings, output, decides):
+    if folder.begin(settings, output, {"engine": choice.name, "commit": source.commit, "rows": rows.sha256}):
         print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
-        return publish(settings)
+        return hub.publish(settings)
     clock.mark("data_s")
 
     model = engine.load(settings, source)
@@ -41,7 +40,9 @@ def run(settings: Settings, environ: Mapping[str, str]) -> None:
     ask = answer.sample(engine, model, tokenizer, rows.messages, settings)
     before = ask("before")
     clock.mark("before_s")
-    console.phase("training", f"training: {settings.rows_per_update} rows an update, {train.updates(settings, tokens)} updates")
+    console.phase(
+        "training", f"training: {train.updates(settings, tokens)} updates, {settings.rows_per_update} rows each"
+    )
     fit = train.fit(model, tokens, tokenizer, settings, output / "checkpoints")
     clock.mark("train_s")
     after = ask("after")
@@ -57,13 +58,4 @@ def run(settings: Settings, environ: Mapping[str, str]) -> None:
     record = report.record(settings, choice, source, rows, tokens, fit, merged, (before, after), visible, clock)
     report.write(output, record, fit.metrics)
     print(report.summary(output, record), flush=True)
-    publish(settings)
-
-
-def publish(settings: Settings) -> None:
-    """Where PUSH_TO_HUB is set: push what is on disk from this run or an earlier one, after checking its hashes."""
-    if settings.push_to_hub:
-        output = Path(settings.output_dir)
-        folder.verify(output)
-        for address in hub.push(settings, output):
-            print(f"published: {address}", flush=True)
+    hub.publish(settings)

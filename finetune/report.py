@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface-hub", "tokenizers", "safetensors", "unsloth", "unsloth-zoo", "triton", "numpy")  # fmt: skip
-CURVES = (("loss", "training loss"), ("learning_rate", "learning rate"), ("grad_norm", "gradient norm"), ("epoch", "epoch"))
+CURVES = (
+    ("loss", "training loss"),
+    ("learning_rate", "learning rate"),
+    ("grad_norm", "gradient norm"),
+    ("epoch", "epoch"),
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -49,7 +54,11 @@ def record(
     answers: tuple[str, str], visible: list[Gpu], clock: Clock,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of run.json but for `files`: all that decided the result, and what came of it."""
-    timings = {**clock.seconds, "first_step_s": round(fit.first_step_s, 2), "total_s": round(time.perf_counter() - clock.began, 2)}
+    timings = {
+        **clock.seconds,
+        "first_step_s": round(fit.first_step_s, 2),
+        "total_s": round(time.perf_counter() - clock.began, 2),
+    }
     return dict(
         schema_version=SCHEMA_VERSION,
         settings=settings.record(),
@@ -57,7 +66,10 @@ def record(
         model=dict(name=source.name, commit=source.commit),
         dataset={**rows.record(), **tokens.record()},
         training=fit.record(),
-        memory=dict(training_gib=round(fit.peak_gib, 3), process_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)),
+        memory=dict(
+            training_gib=round(fit.peak_gib, 3),
+            process_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        ),
         verification=merged.record() if merged else None,
         samples=dict(question=settings.sample_question, before=answers[0], after=answers[1]),
         environment=environment(visible[0] if visible else None),
@@ -69,13 +81,19 @@ def summary(output: Path, record: dict[str, Any]) -> str:
     """The last lines of a run: what came of it, and where everything is."""
     training, verified = record["training"], record["verification"]
     losses = training["losses"]
-    lines = [f"done: {training['steps']} updates, loss {losses[0]:.4f} to {losses[-1]:.4f}, {record['timings']['total_s']:.0f} s in all"]
+    lines = [
+        f"done: {training['steps']} updates, loss {losses[0]:.4f} to {losses[-1]:.4f}, {record['timings']['total_s']:.0f} s in all"
+    ]
     if record["settings"]["MAX_NEW_TOKENS"]:
         lines += [f"before: {_start(record['samples']['before'])}", f"after:  {_start(record['samples']['after'])}"]
     if verified:
-        lines.append(f"verified: {verified['changed']} merged tensors changed as the adapter says, {verified['kept']} are the base's")
+        lines.append(
+            f"verified: {verified['changed']} merged tensors changed as the adapter says, {verified['kept']} are the base's"
+        )
         if verified["rounded_away"]:
-            lines.append(f"note: {verified['rounded_away']} adapted tensors did not change: the learning was too small for 16 bits")
+            lines.append(
+                f"note: {verified['rounded_away']} adapted tensors did not change: the learning was too small for 16 bits"
+            )
     for name, what in (("adapter", "LoRA adapter and tokenizer"), ("merged", "merged 16-bit weights"), ("report.html", "report with curves"), ("samples.md", "answers before and after"), ("run.json", "record of the run")):  # fmt: skip
         if (output / name).exists():
             lines.append(f"{what + ':':26} {output / name}")
@@ -171,7 +189,14 @@ def draw_curves(metrics: list[dict[str, float]]) -> bytes:
     FigureCanvasAgg(figure)
     steps = [row["step"] for row in metrics]
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
-        axes.plot(steps, [row[key] for row in metrics], color="#2563eb", linewidth=1.5, marker="o" if len(steps) < 20 else None, markersize=3)
+        axes.plot(
+            steps,
+            [row[key] for row in metrics],
+            color="#2563eb",
+            linewidth=1.5,
+            marker="o" if len(steps) < 20 else None,
+            markersize=3,
+        )
         axes.set_title(title)
         axes.set_xlabel("global step")
         axes.grid(alpha=0.25)

@@ -165,7 +165,10 @@ def _trainer_type() -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.trainer.stop is not None:
-                print(f"{signal.Signals(self.trainer.stop).name}: saving a checkpoint after update {state.global_step}", flush=True)
+                print(
+                    f"{signal.Signals(self.trainer.stop).name}: saving a checkpoint after update {state.global_step}",
+                    flush=True,
+                )
                 control.should_save = control.should_training_stop = True
 
     class OurTrainer(SFTTrainer):

@@ -20,7 +20,7 @@ def call(verb: str, settings: Settings, environ: Mapping[str, str], question: st
         answer.ask(question or "", settings)
     elif verb == "push":
         hub.login(settings)
-        recipe.publish(settings)
+        hub.publish(settings)
     elif verb == "verify":
         record = folder.verify(Path(settings.output_dir))
         print(f"{settings.output_dir}: all {len(record['files'])} files are as the run wrote them")

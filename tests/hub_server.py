@@ -273,7 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             self.send_json({"error": traceback.format_exc()}, 501)
 
-    do_GET = do_HEAD = do_POST = do_PUT = serve  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def dispatch(self, path: str) -> Any:
         method = "GET" if self.command == "HEAD" else self.command

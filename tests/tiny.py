@@ -24,14 +24,18 @@ def tokenizer(kind: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = {"llama": ["<s>", "</s>", "<|reserved_0|>"], "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}[kind]
+    special = {"llama": ["<s>", "</s>", "<|reserved_0|>"], "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}[
+        kind
+    ]
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(texts(), trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False))  # fmt: skip
     if kind == "llama":
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
+        )
         return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
     wrapped = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     wrapped.chat_template = CHAT
@@ -49,7 +53,9 @@ def model(folder: Path, kind: str = "llama", shards: bool = False, **changes: An
     else:
         sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
     ids = dict(bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
-    config = AutoConfig.for_model(kind, **{**sizes, "vocab_size": len(words), "tie_word_embeddings": False, **ids, **changes})
+    config = AutoConfig.for_model(
+        kind, **{**sizes, "vocab_size": len(words), "tie_word_embeddings": False, **ids, **changes}
+    )
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     made.save_pretrained(folder, max_shard_size="200KB" if shards else "1GB")

@@ -41,7 +41,7 @@ class Choice:
 
     def open(self) -> Engine:
         """Import the engine, and what must be imported before everything else."""
-        engine: Engine = importlib.import_module(f"finetune.engines.{self.name}")  # type: ignore[assignment]
+        engine: Engine = importlib.import_module(f"finetune.engines.{self.name}")
         engine.prepare()
         return engine
 
@@ -58,7 +58,7 @@ def compute_dtype(settings: Settings) -> torch.dtype:
     import torch
 
     if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, settings.dtype)
     if not torch.cuda.is_available():
         return torch.float32  # bfloat16 is emulated there, many times slower
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16

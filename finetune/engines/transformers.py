@@ -35,7 +35,9 @@ def load(settings: Settings, source: Source) -> PeftModel:
             source.folder, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"}, **options
         )
     except (ValueError, KeyError) as error:
-        raise SettingsError(f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({error})") from None
+        raise SettingsError(
+            f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({error})"
+        ) from None
     engines.settle_4bit(settings, model)
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if _linear(module) and module is not head]

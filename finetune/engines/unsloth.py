@@ -56,7 +56,9 @@ def load(settings: Settings, source: Source) -> PeftModel:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         bias=settings.lora_bias,
-        use_gradient_checkpointing={"unsloth": "unsloth", "true": True, "false": False}[settings.gradient_checkpointing],
+        use_gradient_checkpointing={"unsloth": "unsloth", "true": True, "false": False}[
+            settings.gradient_checkpointing
+        ],
         random_state=settings.seed,
         use_rslora=settings.use_rslora,
         loftq_config=None,

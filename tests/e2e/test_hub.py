@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from conftest import QUICK, ROOT, environment
 from hub_server import HubServer
 
@@ -22,7 +23,9 @@ def hub(qwen2: Path, tmp_path: Path) -> Iterator[HubServer]:
         server.add("model", "org/tiny", qwen2)
         data = tmp_path / "data"
         data.mkdir()
-        card = "---\nconfigs:\n- config_name: zh\n  data_files: zh.jsonl\n- config_name: en\n  data_files: en.jsonl\n---\n"
+        card = (
+            "---\nconfigs:\n- config_name: zh\n  data_files: zh.jsonl\n- config_name: en\n  data_files: en.jsonl\n---\n"
+        )
         (data / "README.md").write_text(card)
         for name in ("zh.jsonl", "en.jsonl"):
             (data / name).write_bytes((SAMPLES / name).read_bytes())
@@ -31,9 +34,22 @@ def hub(qwen2: Path, tmp_path: Path) -> Iterator[HubServer]:
 
 
 def call(hub: HubServer, home: Path, *words: str, **values: Any) -> subprocess.CompletedProcess[str]:
-    settings = {**QUICK, "MODEL_NAME": "org/tiny", "DATASET_NAME": "org/rows", "DATASET_CONFIG": "zh", "OUTPUT_DIR": home / "out", **values}
+    settings = {
+        **QUICK,
+        "MODEL_NAME": "org/tiny",
+        "DATASET_NAME": "org/rows",
+        "DATASET_CONFIG": "zh",
+        "OUTPUT_DIR": home / "out",
+        **values,
+    }
     environ = environment(**settings)
-    environ |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "NO_PROXY": "*", "no_proxy": "*"}
+    environ |= {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "hf"),
+        "NO_PROXY": "*",
+        "no_proxy": "*",
+    }
     command = [sys.executable, str(ROOT / "entrypoint.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=280)
 
@@ -47,7 +63,9 @@ def published(hub: HubServer, name: str) -> dict[str, bytes]:
 
 
 def test_download_train_and_push(hub: HubServer, tmp_path: Path) -> None:
-    model, rows = (hub.repos[kind, name].branches["main"].sha for kind, name in (("model", "org/tiny"), ("dataset", "org/rows")))
+    model, rows = (
+        hub.repos[kind, name].branches["main"].sha for kind, name in (("model", "org/tiny"), ("dataset", "org/rows"))
+    )
     answer = call(hub, tmp_path, "train", DATASET_SPLIT="train[2:7]", HF_TOKEN="hf_write", PUSH_TO_HUB=1, HUB_MODEL_ID="tester/out", HUB_MERGED_MODEL_ID="out-merged")  # fmt: skip
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "logged in as tester; the token may read and write" in answer.stdout
@@ -69,7 +87,9 @@ def test_a_push_that_fails_costs_nothing_and_the_next_one_goes_on(hub: HubServer
     hub.fail_next(r"POST .*/commit/", status=403, times=1)
     answer = call(hub, tmp_path, "train", HF_TOKEN="hf_write", PUSH_TO_HUB=1, HUB_MODEL_ID="tester/out")
     assert answer.returncode == 4, answer.stdout + answer.stderr
-    assert "entrypoint.py push" in answer.stderr and "make push-hub" in answer.stderr and "hf_write" not in answer.stderr
+    assert (
+        "entrypoint.py push" in answer.stderr and "make push-hub" in answer.stderr and "hf_write" not in answer.stderr
+    )
     assert (tmp_path / "out" / "run.json").is_file() and (tmp_path / "out" / "merged" / "model.safetensors").is_file()
     again = call(hub, tmp_path, "push", HF_TOKEN="hf_write", HUB_MODEL_ID="tester/out")
     assert again.returncode == 0, again.stderr
@@ -108,11 +128,15 @@ def test_a_pinned_revision_is_what_is_loaded(hub: HubServer, tmp_path: Path, lla
 )  # fmt: skip
 def test_refusals(hub: HubServer, tmp_path: Path, values: dict[str, Any], code: int, words: str) -> None:
     answer = call(hub, tmp_path, "train", **values)
-    assert answer.returncode == code and words in answer.stderr and "Traceback" not in answer.stderr, answer.stdout + answer.stderr
+    assert answer.returncode == code and words in answer.stderr and "Traceback" not in answer.stderr, (
+        answer.stdout + answer.stderr
+    )
 
 
 def test_no_hub_at_all(tmp_path: Path) -> None:
     with HubServer() as gone:
         pass
     answer = call(gone, tmp_path, "train")
-    assert answer.returncode == 4 and "cannot be reached" in answer.stderr and "Traceback" not in answer.stderr, answer.stderr
+    assert answer.returncode == 4 and "cannot be reached" in answer.stderr and "Traceback" not in answer.stderr, (
+        answer.stderr
+    )

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hub_server
 import pytest
+
+import hub_server
 from hub_server import HubServer, Token
 
 PRELUDE = """

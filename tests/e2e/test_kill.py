@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from conftest import QUICK, ROOT, call, environment, train
 
 WEIGHTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors.index.json")
@@ -45,7 +46,9 @@ def undisturbed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return train(llama, tmp_path_factory.mktemp("whole") / "out", **LONG)
 
 
-def test_sigterm_saves_a_checkpoint_and_the_next_run_goes_on(llama: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_sigterm_saves_a_checkpoint_and_the_next_run_goes_on(
+    llama: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
     process = start(llama, tmp_path)
     read_until(process, "step 4/12")
     began = time.monotonic()
@@ -82,7 +85,9 @@ def test_sigkill_at_a_random_moment(llama: Path, tmp_path: Path, undisturbed: di
     assert weights(record) == weights(undisturbed)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(llama: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    llama: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
     process = start(llama, tmp_path)
     read_until(process, "step 7/12")
     process.kill()
@@ -97,7 +102,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(llama: Path, t
     assert weights(json.loads((tmp_path / "run.json").read_text())) == weights(undisturbed)
 
 
-def test_other_settings_are_refused_with_the_difference_and_overwrite_starts_afresh(llama: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_with_the_difference_and_overwrite_starts_afresh(
+    llama: Path, tmp_path: Path
+) -> None:
     process = start(llama, tmp_path)
     read_until(process, "step 4/12")
     process.kill()

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, call, train
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from conftest import QUICK, call, train
 from finetune import data, files
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -95,7 +95,11 @@ def test_the_record(done: dict[str, Any]) -> None:
     for name, entry in record["files"].items():
         assert files.sha256(done["output"] / name) == entry["sha256"], name
     config = json.loads((done["output"] / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 16 and config["lora_alpha"] == 16 and config["target_modules"] == sorted(config["target_modules"])
+    assert (
+        config["r"] == 16
+        and config["lora_alpha"] == 16
+        and config["target_modules"] == sorted(config["target_modules"])
+    )
 
 
 def test_pictures_and_report(done: dict[str, Any]) -> None:
@@ -163,7 +167,10 @@ def test_gpt2_stores_its_weights_the_other_way_round(gpt2: Path, tmp_path: Path)
 
 
 def test_sixteen_bit_training_full_epoch_and_messages(qwen2: Path, tmp_path: Path) -> None:
-    turns = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}] for i in range(5)]
+    turns = [
+        [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]
+        for i in range(5)
+    ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
     record = train(
         qwen2, tmp_path / "out", DATASET_NAME=tmp_path / "chat.jsonl", DATASET_CONFIG="", MAX_STEPS="", NUM_TRAIN_EPOCHS=2,
@@ -210,7 +217,9 @@ def test_a_canary_comes_back_from_adapter_and_merged_weights(tmp_path: Path) -> 
         ({"LEARNING_RATE": "abc"}, 2, "LEARNING_RATE=abc"), ({"TARGET_MODULES": "query"}, 2, "q_proj"),
     ],
 )  # fmt: skip
-def test_bad_input_leaves_nothing_behind(llama: Path, tmp_path: Path, values: dict[str, str], code: int, words: str) -> None:
+def test_bad_input_leaves_nothing_behind(
+    llama: Path, tmp_path: Path, values: dict[str, str], code: int, words: str
+) -> None:
     answer = call("train", **{**QUICK, "MODEL_NAME": llama, "OUTPUT_DIR": tmp_path / "out", **values})
     assert answer.returncode == code and words in answer.stderr and "Traceback" not in answer.stderr, answer.stderr
     left = below(tmp_path / "out") if (tmp_path / "out").exists() else set()

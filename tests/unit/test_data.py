@@ -22,7 +22,9 @@ def settings(**values: Any) -> Settings:
 
 def rows_file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
     path = folder / name
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) if name.endswith("l") else json.dumps(rows)
+    text = (
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) if name.endswith("l") else json.dumps(rows)
+    )
     path.write_text(text)
     return path
 
@@ -131,7 +133,11 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_one_bos_one_eos_that_is_trained_on(tmp_path: Path, words: Any) -> None:
-    literal = {**ROW, "Response": f"{words.bos_token or ''}It is this.{words.eos_token}", "Question": f"a{words.eos_token}b"}
+    literal = {
+        **ROW,
+        "Response": f"{words.bos_token or ''}It is this.{words.eos_token}",
+        "Question": f"a{words.eos_token}b",
+    }
     made = tokens(loaded(rows_file(tmp_path, [ROW, literal])), words).dataset
     for ids, labels in zip(made["input_ids"], made["labels"], strict=True):
         assert ids.count(words.eos_token_id) == 1 and ids[-1] == labels[-1] == words.eos_token_id

@@ -27,7 +27,9 @@ def adapted(folder: Path, output: Path, seed: int = 1, **options: Any) -> PeftMo
     """A model with a random adapter of some size, saved as a run would save it."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}))
+    model = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options})
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name or (p.requires_grad and name.endswith("bias")):
@@ -48,8 +50,10 @@ def test_merged_equals_base_plus_adapter(tmp_path: Path, case: str) -> None:
     done = export.merge(Source("base", None, folder), tmp_path)
     base, merged = tensors(folder), tensors(tmp_path / "merged")
     assert base.keys() == merged.keys() and done.changed + done.kept == len(base) and done.rounded_away == 0
-    assert sum(not torch.equal(base[name], merged[name]) for name in base) == done.changed == len(
-        [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
+    assert (
+        sum(not torch.equal(base[name], merged[name]) for name in base)
+        == done.changed
+        == len([name for name, _ in model.named_modules() if name.endswith("lora_A.default")])
     )
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     ids = torch.arange(3, 60)[None]
@@ -59,14 +63,18 @@ def test_merged_equals_base_plus_adapter(tmp_path: Path, case: str) -> None:
     assert (wanted - found).abs().max() < 0.01 * wanted.abs().max() + 0.01
 
 
-@pytest.mark.parametrize("options", [{"use_rslora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"target_modules": ["q_proj"]}])
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"target_modules": ["q_proj"]}]
+)
 def test_kinds_of_adapter(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = tiny.model(tmp_path / "base", "qwen2")
     model = adapted(folder, tmp_path, **options)
     export.merge(Source("base", None, folder), tmp_path)
     reference = model.merge_and_unload().state_dict()
     for name, value in tensors(tmp_path / "merged").items():
-        assert torch.equal(value, reference[name].to(torch.bfloat16)) or (value - reference[name]).abs().max() < 1e-3, name
+        assert torch.equal(value, reference[name].to(torch.bfloat16)) or (value - reference[name]).abs().max() < 1e-3, (
+            name
+        )
 
 
 def test_the_same_bytes_each_time_and_for_any_number_of_threads(tmp_path: Path) -> None:
@@ -104,7 +112,10 @@ def test_learning_too_small_for_16_bits_is_counted(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "base")
     adapted(folder, tmp_path)
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    save_file({n: v * 0 if "lora_B" in n else v for n, v in weights.items()}, tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {n: v * 0 if "lora_B" in n else v for n, v in weights.items()},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
     assert export.merge(Source("base", None, folder), tmp_path).rounded_away == 14
 
 
@@ -143,7 +154,7 @@ def test_a_disk_that_lies_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         path.write_bytes(content)
 
     monkeypatch.setattr(export, "_write_safetensors", flips_a_bit)
-    with pytest.raises(export.MergeError, match="has no adapter, but is not the base's|is not base"):
+    with pytest.raises(export.MergeError, match=r"has no adapter, but is not the base's|is not base"):
         export.merge(Source("base", None, folder), tmp_path)
     assert not (tmp_path / "merged").exists()
 

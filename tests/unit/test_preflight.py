@@ -24,10 +24,14 @@ def machine(folder: Path, *lines: str) -> dict[str, str]:
     return {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)}
 
 
-def checked(folder: Path, *lines: str, cuda: tuple[int, int] = (13, 0), monkeypatch: pytest.MonkeyPatch, **values: str) -> list[str]:
+def checked(
+    folder: Path, *lines: str, cuda: tuple[int, int] = (13, 0), monkeypatch: pytest.MonkeyPatch, **values: str
+) -> list[str]:
     monkeypatch.setattr(preflight, "cuda_version", lambda: cuda)
     environ = machine(folder, *lines)
-    settings = Settings.from_env({"OUTPUT_DIR": str(folder / "out"), "SAVE_MERGED": "0", "MODEL_NAME": "org/some-100M", **values})
+    settings = Settings.from_env(
+        {"OUTPUT_DIR": str(folder / "out"), "SAVE_MERGED": "0", "MODEL_NAME": "org/some-100M", **values}
+    )
     return preflight.check(settings, preflight.gpus(environ), environ)
 
 
