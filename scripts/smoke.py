@@ -17,10 +17,10 @@ SETTINGS = {
     "MAX_SEQ_LENGTH": "256",
     "PER_DEVICE_TRAIN_BATCH_SIZE": "1",
     "GRADIENT_ACCUMULATION_STEPS": "2",
-    "MAX_STEPS": "16",
+    "MAX_STEPS": "12",
     "WARMUP_STEPS": "2",
     "LEARNING_RATE": "1e-3",
-    "LOGGING_STEPS": "2",
+    "LOGGING_STEPS": "3",
     "SAVE_STEPS": "0",
     "DATASET_NUM_PROC": "1",
     "SAMPLE_QUESTION": "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or sneezing but no "

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# A Docker engine for the image tests, where the machine has none.
+#
+#   docker_engine.sh start DIR   install and start it under DIR, make the stand-in base; prints `export` lines for the caller
+#   docker_engine.sh stop DIR    end what start began, by its process id, and remove DIR
+#
+# The stand-in base is a plain Debian with python3: tests build the real Dockerfile on it where no registry can be reached.
+set -euo pipefail
+
+BASE=finetune-base:bookworm
+CLIENT=/usr/bin/docker # a newer client elsewhere on PATH may come without buildx, and then cannot build
+
+say() { echo "docker_engine: $*" >&2; }
+
+install_engine() {
+    if [ -x "$CLIENT" ] && command -v dockerd mmdebstrap buildah >/dev/null; then return; fi
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        say "no Docker engine here, and only root on Debian can install one: install Docker, or set DOCKER_HOST"
+        exit 3
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io iptables mmdebstrap buildah >/dev/null
+}
+
+start_engine() {
+    mkdir -p "$DIR/root" "$DIR/exec"
+    # plain redirections and setsid: the engine outlives this script and holds none of its pipes open
+    setsid dockerd --data-root "$DIR/root" --exec-root "$DIR/exec" -H "$DOCKER_HOST" -p "$DIR/docker.pid" \
+        --storage-driver overlay2 </dev/null >"$DIR/log" 2>&1 &
+    for _ in $(seq 120); do
+        if "$CLIENT" info >/dev/null 2>&1; then return; fi
+        sleep 0.5
+    done
+    tail -5 "$DIR/log" >&2
+    say "the engine did not answer within 60 s"
+    exit 3
+}
+
+# The mirror is the machine's own, read when the script runs, so that no address stands in this tree.
+sources() {
+    awk '
+        function flush() { if (uris) for (i = 1; i <= split(suites, s, " "); i++) print "deb", uris, s[i], components; uris = "" }
+        /^URIs:/ { uris = $2 }
+        /^Suites:/ { sub(/^Suites: */, ""); suites = $0 }
+        /^Components:/ { sub(/^Components: */, ""); components = $0 }
+        /^$/ { flush() }
+        END { flush() }
+    ' /etc/apt/sources.list.d/debian.sources
+}
+
+make_base() {
+    if "$CLIENT" image inspect "$BASE" >/dev/null 2>&1; then return; fi
+    # shellcheck disable=SC1091 # the machine's own file
+    suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    sources | SOURCE_DATE_EPOCH=1700000000 mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates \
+        --aptopt='Acquire::Check-Valid-Until "false"' "$suite" "$DIR/base.tar" -
+    "$CLIENT" import "$DIR/base.tar" "$BASE" >/dev/null
+}
+
+stop_engine() {
+    pid=$(cat "$DIR/docker.pid" 2>/dev/null || true)
+    if [ -n "$pid" ] && kill "$pid" 2>/dev/null; then
+        while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done # it unmounts its layers first
+    fi
+    rm -rf "$DIR"
+}
+
+verb=${1:-}
+DIR=${2:-}
+if [ -z "$DIR" ]; then
+    say "usage: docker_engine.sh start|stop DIR"
+    exit 2
+fi
+mkdir -p "$DIR"
+DIR=$(cd "$DIR" && pwd)
+export DOCKER_HOST="unix://$DIR/docker.sock" DOCKER_BUILDKIT=1
+case $verb in
+    start)
+        install_engine
+        "$CLIENT" info >/dev/null 2>&1 || start_engine
+        make_base
+        echo "export DOCKER=$CLIENT DOCKER_HOST=$DOCKER_HOST DOCKER_BUILDKIT=1 BASE=$BASE ENGINE_DIR=$DIR"
+        ;;
+    stop) stop_engine ;;
+    *) say "usage: docker_engine.sh start|stop DIR"; exit 2 ;;
+esac

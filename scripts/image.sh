@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Build the image, and put its SBOM beside it.
+#
+#   scripts/image.sh                 CUDA 13.0, for drivers from 580
+#   CUDA=12.8 scripts/image.sh       for older drivers, from 525
+#
+# From the environment: IMAGE (tag), BASE (another base image), APT_SNAPSHOT, DIST (folder for the SBOM), NO_CACHE=1,
+# and, where pip needs them on this machine, SSL_CERT_FILE or PIP_CERT (a CA bundle) and PIP_CONFIG_FILE.
+set -euo pipefail
+CDPATH="" cd -- "$(dirname -- "$0")/.."
+# shellcheck disable=SC1091 # beside this file
+. scripts/image_arguments.sh
+
+# The client that can build: BuildKit came into docker.io before `docker buildx`, and a client without either cannot.
+docker=${DOCKER:-docker}
+if [ -z "${DOCKER:-}" ] && ! docker buildx version >/dev/null 2>&1 && [ -x /usr/bin/docker ]; then docker=/usr/bin/docker; fi
+export DOCKER_BUILDKIT=1
+
+"$docker" build -t "$IMAGE" -f docker/Dockerfile ${NO_CACHE:+--no-cache} "${arguments[@]}" "${secrets[@]}" .
+mkdir -p "$DIST"
+"$docker" run --rm --pull never --network none "$IMAGE" cat /app/sbom.cdx.json >"$DIST/sbom-cuda$CUDA.cdx.json"
+echo "$IMAGE is built at revision $REVISION; its SBOM: $DIST/sbom-cuda$CUDA.cdx.json" >&2

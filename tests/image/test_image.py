@@ -1,0 +1,216 @@
+"""What is in the image, and what is not. Nothing here trains."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, Image
+
+HARD = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:mode=1777")
+INSIDE = Path(__file__).parent / "inside"
+
+
+@pytest.fixture(scope="module")
+def lock(image: Image) -> Path:
+    """The lock that the image says it was built from."""
+    return ROOT / "docker" / json.loads(image.run("cat", "/app/build.json").stdout)["lock"]
+
+
+def test_size(image: Image) -> None:
+    assert image.inspect()["Size"] <= 5.0e9
+
+
+def test_the_program_is_a_small_last_layer(image: Image) -> None:
+    sizes = image.call(
+        "history", "--no-trunc", "--human=false", "--format", "{{.Size}} {{.CreatedBy}}", image.tag
+    ).stdout
+    layers = [line.split(" ", 1) for line in sizes.splitlines()]
+    filled = [(int(size), made_by) for size, made_by in layers if int(size)]
+    assert "/app" in filled[0][1] and filled[0][0] < 5e6
+    assert sum("/opt/venv" in made_by and size > 1e9 for size, made_by in filled) == 1
+
+
+def test_provenance(image: Image, lock: Path) -> None:
+    labels = image.inspect()["Config"]["Labels"]
+    build = json.loads(image.run("cat", "/app/build.json").stdout)
+    sha256 = hashlib.sha256(lock.read_bytes()).hexdigest()
+    assert build["lock_sha256"] == labels["finetune.lock.sha256"] == sha256
+    assert build["revision"] == labels["org.opencontainers.image.revision"]
+    assert build["dirty"] == labels["org.opencontainers.image.revision"].endswith("-dirty")
+    assert build["version"] == labels["org.opencontainers.image.version"]
+    assert build["created"] == labels["org.opencontainers.image.created"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", build["created"])
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert labels["org.opencontainers.image.base.name"]
+
+
+def test_configuration(image: Image) -> None:
+    config = image.inspect()["Config"]
+    assert config["User"] == "1000:1000"
+    assert config["Cmd"] == ["train"]
+    assert config["Entrypoint"] == ["/usr/bin/tini", "--", "python", "/app/entrypoint.py"]
+    assert set(config["Volumes"]) == {"/outputs", "/cache"}
+    assert config["Healthcheck"]["Test"][-1] == "/app/healthcheck.py"
+
+
+def test_installed_versions_equal_the_lock(image: Image, lock: Path) -> None:
+    mounts = ("-v", f"{lock}:/lock:ro", "-v", f"{ROOT / 'docker/prune.txt'}:/prune.txt:ro")
+    versions = image.python(INSIDE / "versions.py", *mounts)
+    assert versions["found"] == versions["wanted"]
+    assert len(versions["found"]) > 100
+
+
+def test_every_file_is_as_its_package_records_it(image: Image) -> None:
+    records = image.python(INSIDE / "records.py")
+    assert records["missing"] == records["changed"] == []
+    own = {"distutils-precedence.pth", "_virtualenv.pth", "_virtualenv.py"}
+    assert {Path(name).name for name in records["unnamed"]} <= own
+    assert records["count"] > 10_000
+
+
+def test_every_linked_library_is_there(image: Image) -> None:
+    from_the_driver = {"libcuda.so.1", "libnvidia-ml.so.1", "libnvcuvid.so.1"}
+    lost = image.python(INSIDE / "linked.py")
+    # transports between machines, each opened only where its own library exists
+    transports = {name for name, wanted_by in lost.items() if "nvshmem_" in wanted_by or "libcufile_rdma" in wanted_by}
+    other = {name: wanted_by for name, wanted_by in lost.items() if wanted_by.startswith("bitsandbytes/")}
+    assert set(lost) - from_the_driver - transports - set(other) == set(), lost
+    assert other == {}, other
+
+
+def test_pruned_packages_work(image: Image) -> None:
+    used = image.python(INSIDE / "pruned.py", "--tmpfs", "/tmp:exec,mode=1777", timeout=600)
+    assert {"torch", "triton", "launcher", "bitsandbytes", "pyarrow", "unsloth"} <= set(used)
+
+
+def test_studio_and_its_command_are_left_out(image: Image) -> None:
+    there = "import importlib.util as u; print([n for n in ('studio', 'unsloth_cli') if u.find_spec(n)])"
+    assert image.run("python", "-c", there).stdout.strip() == "[]"
+    assert image.run("sh", "-c", "command -v unsloth").returncode != 0
+
+
+def test_sbom(image: Image, lock: Path) -> None:
+    sbom = json.loads(image.run("cat", "/app/sbom.cdx.json").stdout)
+    assert (sbom["bomFormat"], sbom["specVersion"], sbom["version"]) == ("CycloneDX", "1.6", 1)
+    assert re.fullmatch(
+        r"urn:uuid:[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", sbom["serialNumber"]
+    )
+    refs = [c["bom-ref"] for c in sbom["components"]]
+    assert len(refs) == len(set(refs))
+    python = {c["name"]: c["version"] for c in sbom["components"] if c["purl"].startswith("pkg:pypi/")}
+    assert python["torch"].startswith("2.") and "diffusers" not in python
+    debian = image.run("dpkg-query", "-W", "-f", "${Package} ${Version}\n").stdout.split("\n")
+    listed = {f"{c['name']} {c['version']}" for c in sbom["components"] if c["purl"].startswith("pkg:deb/")}
+    assert listed == set(filter(None, debian))
+    assert sum("licenses" in c and bool(c["licenses"]) for c in sbom["components"]) > 90
+
+
+def test_no_privilege_is_added(image: Image) -> None:
+    base = image.inspect()["Config"]["Labels"]["org.opencontainers.image.base.name"]
+    find = ("find", "/", "-xdev", "-type", "f", "-perm", "/6000")
+    here = set(image.run(*find, options=("--user", "0")).stdout.split())
+    before = image.call("run", "--rm", "--pull", "never", "--network", "none", base, *find)
+    assert before.returncode == 0, before.stderr
+    assert here <= set(before.stdout.split())
+
+
+def test_only_the_volumes_and_tmp_are_open(image: Image) -> None:
+    find = "find / -xdev -perm -o+w ! -type l ! -path '/proc/*' ! -path '/dev/*' 2>/dev/null; stat -c '%a %n' /outputs /cache"
+    lines = image.run("sh", "-c", find, options=("--user", "0")).stdout.split("\n")
+    volumes = {"1777 /outputs", "1777 /cache"}
+    assert volumes <= set(lines)
+    assert set(filter(None, lines)) <= {"/tmp", "/var/tmp", "/run/lock", "/outputs", "/cache"} | volumes
+
+
+def test_no_hard_coded_passwords(image: Image) -> None:
+    # as official-images/test/tests/no-hard-coded-passwords: every password is locked or absent
+    shadow = image.run("cat", "/etc/shadow", options=("--user", "0")).stdout
+    assert shadow and all(line.split(":")[1] in ("*", "!", "!*", "!!", "") for line in shadow.splitlines())
+    assert all(line.split(":")[1] == "x" for line in image.run("cat", "/etc/passwd").stdout.splitlines())
+
+
+def test_no_secret_and_nothing_of_the_builder(image: Image) -> None:
+    history = image.call("history", "--no-trunc", "--format", "{{.CreatedBy}}", image.tag).stdout
+    environment = "\n".join(image.inspect()["Config"]["Env"])
+    for text in (history, environment):
+        assert not re.search(r"hf_[A-Za-z0-9]{8}|(?i:password|secret_?key|api_?key)\s*=", text)
+    assert not re.search(r"(?i)^(http|https|no|all)_proxy=|token", environment, re.M)
+    left = "ls -A /root /run/secrets /var/lib/apt/lists /var/cache/apt /etc/pip.conf /root/.cache 2>/dev/null; cat /etc/apt/snapshot"
+    lines = image.run("sh", "-c", left, options=("--user", "0")).stdout
+    assert not re.search(r"pip\.conf|\.cache$|\.bin$|uv", lines, re.M)
+    assert image.run("sh", "-c", "command -v pip uv").returncode != 0
+    # no index in any package's own record of where it came from
+    assert image.run("sh", "-c", "ls /opt/venv/lib/python3*/site-packages/*.dist-info/direct_url.json").returncode != 0
+
+
+def test_override_cmd(image: Image) -> None:
+    # as official-images/test/tests/override-cmd
+    done = image.run("echo", "Hello World!")
+    assert (done.returncode, done.stdout) == (0, "Hello World!\n")
+
+
+def test_utc(image: Image) -> None:
+    assert image.run("date", "+%Z").stdout == "UTC\n"
+
+
+def test_byte_code_is_compiled_and_without_a_time(image: Image) -> None:
+    script = (
+        "import glob; files = glob.glob('/app/**/*.pyc', recursive=True) + "
+        "glob.glob('/opt/venv/lib/python3*/site-packages/torch/**/*.pyc', recursive=True); "
+        "print(len(files), {open(f, 'rb').read(8)[4:] for f in files} == {b'\\x01\\x00\\x00\\x00'})"
+    )
+    count, unchecked = image.run("python", "-c", script).stdout.split()
+    assert int(count) > 1000 and unchecked == "True"
+
+
+@pytest.mark.parametrize("user", ["12345:23456", "1000:1000", "0:0"])
+def test_any_user(image: Image, user: str) -> None:
+    # without a passwd entry torch died with "getpwuid(): uid not found"
+    script = (
+        "import getpass, os, torch, torch._inductor.runtime.cache_dir_utils as c; from pathlib import Path; "
+        "print(getpass.getuser(), c.cache_dir(), Path.home()); open('/outputs/x', 'w'); open('/cache/x', 'w')"
+    )
+    hard = ("--user", user, *HARD)
+    done = image.run("python", "-c", script, options=hard)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "finetune /cache/inductor /cache\n", "")
+
+
+@pytest.mark.parametrize(
+    ("beat", "status"),
+    [
+        ("{'phase': 'loading', 'time': 0}", "healthy"),
+        ("{'phase': 'training', 'time': now}", "healthy"),
+        ("{'phase': 'training', 'time': now - 3600}", "unhealthy"),
+        (None, "healthy"),
+    ],
+)
+def test_health(image: Image, beat: str | None, status: str) -> None:
+    write = (
+        f"import json, os, time; now = time.time(); os.makedirs('/tmp/finetune'); "
+        f"json.dump({beat}, open('/tmp/finetune/heartbeat.json', 'w')); "
+        if beat
+        else "import time; "
+    )
+    command = ["run", "-d", "--pull", "never", "--network", "none", "--health-interval", "1s", image.tag]
+    container = image.call(*command, "python", "-c", write + "time.sleep(60)").stdout.strip()
+    try:
+        # one look before the file is there is healthy; the last of several counts
+        time.sleep(4)
+        health = json.loads(image.call("inspect", "--format", "{{json .State.Health}}", container).stdout)
+        assert health["Status"] == status, health
+        assert status == "healthy" or "hangs: no step has ended" in health["Log"][-1]["Output"]
+    finally:
+        image.call("rm", "-f", container)
+
+
+def test_dockerfile_restates_no_default(image: Image) -> None:
+    names = {line.split("=", 1)[0] for line in image.inspect()["Config"]["Env"]}
+    listed = image.run("env").stdout
+    declared = set(re.findall(r"^# ([A-Z][A-Z0-9_]+)=", listed, re.M))
+    assert len(declared) > 30 and not names & declared

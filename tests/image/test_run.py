@@ -1,0 +1,223 @@
+"""The program in the image: real runs, exit code and log asserted. No network in any of them, and no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, Image
+
+HARD = (
+    "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:mode=1777,exec,size=2g",
+)  # fmt: skip
+STRANGER = ("--user", "12345:23456")
+TINY = {
+    "MODEL_NAME": "/models/llama", "DATASET_NAME": "samples", "DATASET_CONFIG": "en", "DATASET_SPLIT": "train[0:8]",
+    "MAX_SEQ_LENGTH": "128", "PER_DEVICE_TRAIN_BATCH_SIZE": "1", "GRADIENT_ACCUMULATION_STEPS": "2", "MAX_STEPS": "3",
+    "LOGGING_STEPS": "1", "MAX_NEW_TOKENS": "4", "DATASET_NUM_PROC": "1", "SAMPLE_QUESTION": "Why?",
+}  # fmt: skip
+SHORT = {"MAX_SEQ_LENGTH": "32", "GRADIENT_ACCUMULATION_STEPS": "1"}  # for many steps
+
+
+@pytest.fixture(scope="session")
+def models(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama, made by the image itself."""
+    folder = tmp_path_factory.mktemp("models")
+    folder.chmod(0o1777)
+    make = (
+        "import os, sys; sys.path.insert(0, '/app/tests'); import tiny; from pathlib import Path; folder = Path('/models/llama'); "
+        "tiny.model(folder); [os.chmod(file, 0o644) for file in folder.iterdir()]"  # weights are written for their owner alone
+    )
+    done = image.run(
+        "python",
+        "-c",
+        make,
+        options=("-v", f"{folder}:/models", "-v", f"{ROOT / 'tests/tiny.py'}:/app/tests/tiny.py:ro"),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def options(models: Path, outputs: Path, **changes: str) -> tuple[str, ...]:
+    """`docker run` options for a tiny run into `outputs`."""
+    values = [word for name, value in {**TINY, **changes}.items() for word in ("-e", f"{name}={value}")]
+    return ("-v", f"{models}:/models:ro", "-v", f"{outputs}:/outputs", *values)
+
+
+def clean(done: subprocess.CompletedProcess[str]) -> str:
+    """The log of a good run: exit code 0, and not one warning or error."""
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    assert not re.search(r"warn|error|traceback|deprecat|failed", log, re.I), log
+    return log
+
+
+def test_trains_as_a_stranger_in_a_closed_container(image: Image, models: Path, open_folder: Path) -> None:
+    log = clean(image.run(options=(*HARD, *STRANGER, *options(models, open_folder)), timeout=280))
+    assert "step 3/3" in log
+    record = json.loads((open_folder / "run.json").read_text())
+    build = json.loads(image.run("cat", "/app/build.json").stdout)
+    assert build["revision"] in json.dumps(record) and build["lock_sha256"] in json.dumps(record)
+    owners = {(p.stat().st_uid, p.stat().st_gid) for p in open_folder.rglob("*")}
+    assert owners == {(12345, 23456)}
+    assert not any(p.stat().st_mode & (stat.S_ISUID | stat.S_ISGID) for p in open_folder.rglob("*") if p.is_file())
+    assert {"adapter", "merged", "run.json", "metrics.jsonl", "report.html", "README.md"} <= {
+        p.name for p in open_folder.iterdir()
+    }
+    assert "as the run wrote them" in clean(
+        image.run("verify", options=(*HARD, *STRANGER, "-v", f"{open_folder}:/outputs:ro"))
+    )
+
+
+def test_writes_only_to_the_volumes_and_tmp(image: Image, models: Path, open_folder: Path) -> None:
+    container = image.call(
+        "create", "--pull", "never", "--network", "none", *options(models, open_folder), image.tag
+    ).stdout.strip()
+    try:
+        done = image.call("start", "-a", container, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        changed = [line.split(" ", 1)[1] for line in image.call("diff", container).stdout.splitlines()]
+        # a folder on the way to a mount is made by the engine
+        made_by_the_engine = {"/models", "/run", "/outputs", "/cache"}
+        assert not [path for path in changed if path not in made_by_the_engine and not path.startswith("/tmp")], changed
+    finally:
+        image.call("rm", "-f", "-v", container)
+
+
+def test_a_cache_that_cannot_be_written_falls_back_and_says_so(
+    image: Image, models: Path, open_folder: Path, tmp_path: Path
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o755)
+    if os.geteuid() != 0:
+        pytest.skip("a folder that belongs to another user takes root to make")
+    mounts = ("-v", f"{closed}:/cache", *options(models, open_folder, MAX_STEPS="1", SAVE_MERGED="0"))
+    done = image.run(options=(*HARD, *STRANGER, *mounts), timeout=280)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    assert len(re.findall(r"^caches: .*/tmp/", log, re.M)) == 1, log
+
+
+def test_env_is_the_reference(image: Image) -> None:
+    done = image.run("env")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == (ROOT / "env.example").read_text()
+
+
+def test_check(image: Image, models: Path, open_folder: Path) -> None:
+    assert "all good" in clean(image.run("check", options=options(models, open_folder)))
+    assert not list(open_folder.iterdir())
+
+
+@pytest.mark.parametrize(("command", "code", "text"), [
+    (("bash", "-c", "echo $0 $HOME"), 0, "bash /cache"),
+    (("python", "-c", "print(6 * 7)"), 0, "42"),
+    (("--help",), 0, "usage:"),
+    (("no-such-verb",), 127, "neither a verb"),
+    (("train", "MAX_STEP=3"), 2, "did you mean MAX_STEPS"),
+    (("train", "LEARNING_RATE=abc"), 2, "LEARNING_RATE=abc"),
+])  # fmt: skip
+def test_verbs_and_commands(image: Image, command: tuple[str, ...], code: int, text: str) -> None:
+    done = image.run(*command)
+    assert done.returncode == code, done.stderr
+    assert text in done.stdout + done.stderr
+
+
+def test_train_without_a_gpu_says_so_at_once(image: Image) -> None:
+    began = time.monotonic()
+    done = image.run()
+    took = time.monotonic() - began
+    assert done.returncode == 3
+    assert "No GPU is visible" in done.stderr and "docker run --gpus all" in done.stderr
+    assert took < 2
+
+
+@pytest.mark.parametrize(("line", "texts"), [
+    ("0, GPU-1, Tesla T4, 15360, 15000, 450.80.02, 7.5", ("450.80.02", "CUDA 1", "newer")),
+    ("0, GPU-1, Tesla V100-SXM2-16GB, 16384, 16000, 580.95.05, 7.0", ("V100", "7.0", "7.5")),
+])  # fmt: skip
+def test_refuses_an_old_driver_and_an_old_gpu(image: Image, tmp_path: Path, line: str, texts: tuple[str, ...]) -> None:
+    # stands in for the nvidia-smi that the NVIDIA runtime mounts
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{line}'\n")
+    tool.chmod(0o755)
+    done = image.run(options=("-v", f"{tool}:/usr/bin/nvidia-smi:ro"))
+    assert done.returncode == 3, done.stderr
+    assert all(text in done.stderr for text in texts), done.stderr
+
+
+def test_the_image_for_cuda_13_names_the_other_one(image: Image, tmp_path: Path) -> None:
+    if json.loads(image.run("cat", "/app/build.json").stdout)["lock"] != "requirements.txt":
+        pytest.skip("this is the image for CUDA 12.8")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '0, GPU-1, NVIDIA A100-SXM4-40GB, 40960, 40000, 570.86.15, 8.0'\n")
+    tool.chmod(0o755)
+    done = image.run(options=("-v", f"{tool}:/usr/bin/nvidia-smi:ro"))
+    assert done.returncode == 3
+    assert all(text in done.stderr for text in ("570.86.15", "CUDA 13.0", "580", "CUDA=12.8")), done.stderr
+
+
+def test_env_file_with_quotes_and_comments(image: Image, models: Path, open_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.env"
+    file.write_text("# a comment\nMAX_STEPS=2\nRUN_NAME=\"in quotes\"\nLEARNING_RATE='1e-3'\nNUM_TRAIN_EPOCHS=\n")
+    # docker hands quotes on as they stand; -e on the line would win over the file, so MAX_STEPS is not given here
+    rest = options(models, open_folder, SAVE_MERGED="0")
+    at = rest.index("MAX_STEPS=3")
+    clean(image.run(options=("--env-file", str(file), *rest[: at - 1], *rest[at + 1 :]), timeout=280))
+    settings = json.loads((open_folder / "run.json").read_text())["settings"]
+    assert (settings["MAX_STEPS"], settings["RUN_NAME"], settings["LEARNING_RATE"]) == (2, "in quotes", 1e-3)
+
+
+def test_an_empty_variable_is_an_unset_one(image: Image, models: Path, open_folder: Path) -> None:
+    default = re.search(r"^# MAX_STEPS=(\d+)", (ROOT / "env.example").read_text(), re.M)
+    assert default is not None
+    clean(image.run(options=options(models, open_folder, **SHORT, MAX_STEPS="", SAVE_MERGED="0"), timeout=280))
+    record = json.loads((open_folder / "run.json").read_text())
+    assert record["settings"]["MAX_STEPS"] == int(default[1])
+    assert len((open_folder / "metrics.jsonl").read_text().splitlines()) == int(default[1])
+
+
+def test_an_output_folder_of_another_user_is_refused_with_the_remedy(
+    image: Image, models: Path, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a folder that belongs to another user takes root to make")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o755)
+    done = image.run(options=options(models, closed))
+    assert done.returncode == 3
+    assert "cannot be written" in done.stderr and "--user $(id -u):$(id -g)" in done.stderr
+
+
+def test_stop_saves_a_checkpoint_and_the_next_run_goes_on(image: Image, models: Path, open_folder: Path) -> None:
+    tiny = options(models, open_folder, **SHORT, MAX_STEPS="60", SAVE_STEPS="0", SAVE_MERGED="0")
+    container = image.call(
+        "run", "-d", "--pull", "never", "--network", "none", *HARD, *STRANGER, *tiny, image.tag
+    ).stdout.strip()
+    try:
+        deadline = time.monotonic() + 120
+        while "step 3/60" not in (log := image.call("logs", container).stdout):
+            assert time.monotonic() < deadline, log
+            time.sleep(0.5)
+        began = time.monotonic()
+        image.call("stop", container)  # with Docker's own 10 s
+        took = time.monotonic() - began
+        state = json.loads(image.call("inspect", "--format", "{{json .State}}", container).stdout)
+        assert (state["ExitCode"], state["OOMKilled"]) == (143, False), image.call("logs", container).stderr
+        assert took < 10
+    finally:
+        image.call("rm", "-f", "-v", container)
+    saved = [p.name for p in (open_folder / "checkpoints").glob("checkpoint-*")]
+    assert len(saved) == 1, saved
+    step = int(saved[0].rpartition("-")[2])
+    log = clean(image.run(options=(*HARD, *STRANGER, *tiny), timeout=280))
+    first = re.search(r"^step (\d+)/60", log, re.M)
+    assert first is not None and int(first[1]) == step + 1, log[:2000]
+    assert len((open_folder / "metrics.jsonl").read_text().splitlines()) == 60
