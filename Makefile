@@ -18,7 +18,7 @@ smoke test: export OMP_WAIT_POLICY ?= passive
 SCRIPTS = .ci/run $(wildcard scripts/*.sh docker/*.sh benchmarks/*.sh)
 PYTHON_FILES = entrypoint.py finetune $(wildcard scripts/*.py docker/*.py)
 
-.PHONY: help train push-hub check smoke ask test lint env-example lock clean clean-all main dev
+.PHONY: help train push-hub check smoke ask test lint env-example lock image image-reproducible test-image clean clean-all main dev
 
 help: ## this list
 	@printf 'usage: make TARGET [NAME=value ...]      for example: make train MAX_STEPS=60\n\n'
@@ -56,6 +56,15 @@ env-example: main ## write env.example and the README's table from the declared 
 
 lock: ## resolve the dependencies again (UPGRADE=1: newest versions)
 	@scripts/lock.sh
+
+image: ## build the container image (CUDA=12.8: for drivers older than 580)
+	@scripts/image.sh
+
+image-reproducible: ## build the image twice and compare; differing files are printed
+	@scripts/image_reproducible.sh
+
+test-image: dev ## build the image and run it in real containers
+	@$(RUN) -m pytest tests/image --timeout 900 $(ARGS)
 
 clean: ## remove caches, and what make smoke left; no other outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs/smoke

@@ -24,8 +24,7 @@ USAGE = """usage: entrypoint.py [VERB] [NAME=value ...]
   anything else    is run as a command: docker run IMAGE bash
 
 Settings come from NAME=value here, then the environment, then .env, then the defaults; empty means unset.
-Exit codes: 0 done, 2 settings, 3 this machine, 4 the Hub, 1 a bug, 143 stopped by SIGTERM with a checkpoint on disk.
-Example: entrypoint.py train MAX_STEPS=60 OUTPUT_DIR=outputs"""
+Exit codes: 0 done, 2 settings, 3 this machine, 4 the Hub, 1 a bug, 143 stopped by SIGTERM with a checkpoint on disk."""
 VERBS = ("train", "check", "ask", "push", "verify", "env")
 
 
@@ -50,8 +49,7 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
 def run(verb: str, words: list[str], environ: Mapping[str, str]) -> None:
     """Resolve the settings, tell the libraries, and call the verb's function."""
     if verb == "env":
-        print(reference(), end="")
-        return
+        return print(reference(), end="")
     question = words.pop(0) if verb == "ask" and words else None
     if wrong := [word for word in words if "=" not in word]:
         raise SettingsError(f"{wrong[0]}: not understood; settings are given as NAME=value, for example MAX_STEPS=60")
