@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, environment
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from conftest import ROOT, environment
 
 
 @pytest.fixture(scope="module")
