@@ -23,7 +23,7 @@ PYTHON_FILES = entrypoint.py finetune $(wildcard scripts/*.py docker/*.py)
 help: ## this list
 	@printf 'usage: make TARGET [NAME=value ...]      for example: make train MAX_STEPS=60\n\n'
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target what; do \
-	    printf '  %-12s %s\n' "$$target" "$$what"; done
+	    printf '  %-18s %s\n' "$$target" "$$what"; done
 	@printf '\nAll settings, with their defaults: env.example. Environment: VENV=%s\n' "$$VENV"
 
 train: main ## fine-tune, verify, record; publish where PUSH_TO_HUB=1

@@ -6,9 +6,10 @@
 #
 # From the environment: IMAGE (tag), BASE (another base image), APT_SNAPSHOT, DIST (folder for the SBOM), NO_CACHE=1,
 # and, where pip needs them on this machine, SSL_CERT_FILE or PIP_CERT (a CA bundle) and PIP_CONFIG_FILE.
+# shellcheck disable=SC2154 # image_arguments.sh sets what is used and not assigned here
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."
-# shellcheck disable=SC1091 # beside this file
+# shellcheck disable=SC1091
 . scripts/image_arguments.sh
 
 # The client that can build: BuildKit came into docker.io before `docker buildx`, and a client without either cannot.

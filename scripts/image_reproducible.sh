@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Build the image twice, from nothing, and compare. Exit 0: equal. Exit 1: the files that differ are printed.
 #
-# With buildah: equal image IDs, that is equal bytes in every layer and an equal configuration. (In the OCI format, which knows
-# no HEALTHCHECK: in Docker's, buildah records the name of its working container, and that is random.) Without it, with Docker (whose older BuildKit writes the
-# time of the build into the layers): equal type, mode, owner, link and sha256 of every file. Takes the variables of image.sh.
+# With buildah: equal image IDs, that is equal bytes in every layer and an equal configuration. (In the OCI format, which
+# knows no HEALTHCHECK: in Docker's, buildah records the name of its working container, and that is random.)
+# Without it, with Docker, whose older BuildKit writes the time of the build into the layers: equal type, mode, owner, link
+# and sha256 of every file. Takes the variables of image.sh.
 # Needs about 30 GB on the disk of TMPDIR.
+# shellcheck disable=SC2154 # image_arguments.sh sets what is used and not assigned here
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
-# shellcheck disable=SC1091 # beside this file
+# shellcheck disable=SC1091
 . scripts/image_arguments.sh
 docker=${DOCKER:-docker}
 
