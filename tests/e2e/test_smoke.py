@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM
 from conftest import ROOT, environment
 
 
+pytestmark = pytest.mark.timeout(900)  # two minutes where nothing else runs
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("smoke") / "out"
     script = [sys.executable, str(ROOT / "scripts" / "smoke.py")]
-    answer = subprocess.run(script, capture_output=True, text=True, env=environment(OUTPUT_DIR=output), timeout=290)
+    answer = subprocess.run(script, capture_output=True, text=True, env=environment(OUTPUT_DIR=output), timeout=840)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     record = json.loads((output / "run.json").read_text())
     return dict(output=output, said=answer.stdout, record=record, base=Path(record["settings"]["MODEL_NAME"]))
