@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROOT, environment
 
-
 pytestmark = pytest.mark.timeout(900)  # two minutes where nothing else runs
 
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, Image
 
 HARD = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:mode=1777")
+pytestmark = pytest.mark.timeout(1800)  # the first test builds the image
 INSIDE = Path(__file__).parent / "inside"
 
 
@@ -79,11 +80,15 @@ def test_every_file_is_as_its_package_records_it(image: Image) -> None:
 def test_every_linked_library_is_there(image: Image) -> None:
     from_the_driver = {"libcuda.so.1", "libnvidia-ml.so.1", "libnvcuvid.so.1"}
     lost = image.python(INSIDE / "linked.py")
-    # transports between machines, each opened only where its own library exists
-    transports = {name for name, wanted_by in lost.items() if "nvshmem_" in wanted_by or "libcufile_rdma" in wanted_by}
-    other = {name: wanted_by for name, wanted_by in lost.items() if wanted_by.startswith("bitsandbytes/")}
-    assert set(lost) - from_the_driver - transports - set(other) == set(), lost
-    assert other == {}, other
+    # opened only where the library that they want exists, and passed over elsewhere: transports between machines, and
+    # torchao's kernels for CUDA 13 in the image for 12.8
+    optional = (
+        "nvidia/nvshmem/lib/nvshmem_",
+        "nvidia/cufile/lib/libcufile_rdma",
+        "nvidia/cu13/lib/libcufile_rdma",
+        "torchao/_C",
+    )
+    assert {name for name, wanted_by in lost.items() if not wanted_by.startswith(optional)} <= from_the_driver, lost
 
 
 def test_pruned_packages_work(image: Image) -> None:

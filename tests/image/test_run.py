@@ -14,6 +14,7 @@ import pytest
 
 from conftest import ROOT, Image
 
+pytestmark = pytest.mark.timeout(1800)  # the first test builds the image
 HARD = (
     "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:mode=1777,exec,size=2g",
 )  # fmt: skip
