@@ -375,11 +375,8 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
     Exactly one BOS where the tokenizer uses one, and one EOS, which is trained on, at the end of each row; a row longer
     than MAX_SEQ_LENGTH loses what stands before its EOS, so that the model still learns to stop.
     """
-    from datasets import Dataset, disable_progress_bars
-    from datasets.utils.logging import set_verbosity_error
+    from datasets import Dataset
 
-    disable_progress_bars()
-    set_verbosity_error()
     as_text: Callable[[Row], tuple[str, list[tuple[int, int]]]]
     if rows.messages:
         if not tokenizer.chat_template:

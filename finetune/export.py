@@ -7,6 +7,7 @@ threads, give the same bytes. It holds one tensor at a time, not the model.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -91,21 +92,18 @@ def merge(source: Source, output: Path, device: str = "cpu") -> Merged:
         size = sum(path.stat().st_size for _, path in work)
         if len(work) > 1:
             weights = {name: path.name for shard, path in work for name in shard.names}
-            total = sum(_bytes(path) for _, path in work)
+            total = sum(_data_bytes(path) for _, path in work)
             files.write_json(
                 partial / INDEX, dict(metadata=dict(total_size=total), weight_map=dict(sorted(weights.items())))
             )
         _write_configs(source, base, partial)
-    except OSError as error:
+    except BaseException as error:  # whatever ends it: no half a model stays on the disk
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno == 28:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise PreflightError(
                 f"{output}: the disk is full, the merge needs {base.size / 1e9:.1f} GB. The adapter and the checkpoint are "
                 "kept: free some space and start again with the same settings, or set SAVE_MERGED=0."
             ) from None
-        raise
-    except MergeError:
-        shutil.rmtree(partial, ignore_errors=True)
         raise
     files.publish(partial, output / "merged")
     changed, rounded, kept = (sum(column) for column in zip(*counts, strict=True))
@@ -121,7 +119,7 @@ class Shard:
     def __init__(self, path: Path):
         self.path = path
         if path.suffix == ".safetensors":
-            self.header = {name: entry for name, entry in safetensors_header(path).items() if name != "__metadata__"}
+            self.header = safetensors_header(path)
             self.names = sorted(self.header, key=lambda name: self.header[name]["data_offsets"][0])
             self.shapes = {name: tuple(self.header[name]["shape"]) for name in self.names}
             if unknown := {entry["dtype"] for entry in self.header.values()} - set(CODES):
@@ -348,10 +346,9 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _bytes(path: Path) -> int:
-    return sum(
-        e["data_offsets"][1] - e["data_offsets"][0] for n, e in safetensors_header(path).items() if n != "__metadata__"
-    )
+def _data_bytes(path: Path) -> int:
+    """Bytes of a safetensors file's tensors; they fill it from offset 0 without holes."""
+    return max((entry["data_offsets"][1] for entry in safetensors_header(path).values()), default=0)
 
 
 def _write_configs(source: Source, base: Base, folder: Path) -> None:

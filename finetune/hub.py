@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -34,31 +35,31 @@ def token(settings: Settings) -> str | bool:
     return settings.hf_token.reveal() if settings.hf_token else False
 
 
-def login(settings: Settings) -> str | None:
-    """Ask the Hub whose token this is, and print name and rights; None without a token. Nothing is written to disk.
+def login(settings: Settings) -> None:
+    """Where there is a token, ask the Hub whose it is, and print name and rights. Nothing is written to disk.
 
     Raises HubError where the token is refused, or may not write although PUSH_TO_HUB is set.
     """
     if settings.hf_token is None:
-        return None
+        return
     from huggingface_hub import HfApi, constants
 
     if constants.is_offline_mode():
         if settings.push_to_hub:
             raise HubError("PUSH_TO_HUB=1 with HF_HUB_OFFLINE=1: publishing needs the Hub; unset one of them")
         print("Hub: offline, the token is not checked", flush=True)
-        return None
+        return
     with explained("HF_TOKEN", settings):
         answer = HfApi(token=token(settings)).whoami()
-    name = str(answer["name"])
     writes = may_write(answer)
-    print(f"Hub: logged in as {name}; the token may {'read and write' if writes else 'only read'}", flush=True)
+    print(
+        f"Hub: logged in as {answer['name']}; the token may {'read and write' if writes else 'only read'}", flush=True
+    )
     if settings.push_to_hub and not writes:
         raise HubError(
             "PUSH_TO_HUB=1: this token may only read. Make one with the right to write in the Hub's settings, Access "
             "Tokens, and give it in HF_TOKEN."
         )
-    return name
 
 
 def may_write(whoami: dict[str, Any]) -> bool:
@@ -162,7 +163,7 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
             f"{shown}: the Hub cannot be reached ({_short(error)}). Check the network, the proxy or HF_ENDPOINT."
         ) from None
     except OSError as error:
-        if error.errno == 28:
+        if error.errno == errno.ENOSPC:
             raise PreflightError(f"{shown}: the disk is full; free some or point HF_HOME to a larger one") from None
         raise
 

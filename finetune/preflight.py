@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -82,14 +83,7 @@ def parameters(model_name: str) -> int | None:
     folder = Path(model_name)
     if folder.is_dir():
         headers = [safetensors_header(file) for file in sorted(folder.glob("*.safetensors"))]
-        shapes = [entry["shape"] for header in headers for key, entry in header.items() if key != "__metadata__"]
-        total = 0
-        for shape in shapes:
-            size = 1
-            for length in shape:
-                size *= length
-            total += size
-        return total or None
+        return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values()) or None
     stated = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z0-9])", model_name.rpartition("/")[2])
     if not stated:
         return None
@@ -98,7 +92,7 @@ def parameters(model_name: str) -> int | None:
 
 
 def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file. Raises PreflightError where the file is damaged."""
+    """dtype, shape and data_offsets of each tensor in a safetensors file. Raises PreflightError where it is damaged."""
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -107,7 +101,7 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(stream.read(length))
     except (OSError, ValueError):
         raise PreflightError(f"{file}: not a whole safetensors file; download or copy the model again") from None
-    return dict(header)
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def check(settings: Settings, visible: list[Gpu], environ: Mapping[str, str], *, count: int | None = None) -> list[str]:
@@ -177,9 +171,10 @@ def _disk(settings: Settings, environ: Mapping[str, str], count: int | None) -> 
     need: dict[int, tuple[Path, int]] = {}
 
     def add(folder: Path, size: int) -> None:
-        place = _existing(folder)
-        device = place.stat().st_dev
-        need[device] = (need.get(device, (place, 0))[0], need.get(device, (place, 0))[1] + size)
+        existing = _existing(folder)
+        device = existing.stat().st_dev
+        place, before = need.get(device, (existing, 0))
+        need[device] = (place, before + size)
 
     if settings.save_merged:
         add(Path(settings.output_dir), 2 * count + 2**29)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import random
 import resource
 import shutil
 import signal
@@ -51,16 +50,6 @@ class Fit:
         )
 
 
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy, torch and CUDA, so that adapter, row order and dropout follow from SEED."""
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def fit(
     model: PeftModel, tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings, checkpoints: Path
 ) -> Fit:
@@ -72,7 +61,6 @@ def fit(
 
     trainer_type = _trainer_type()
     initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    seed_everything(settings.seed)
     trainer = trainer_type(
         model=model, args=_arguments(settings, checkpoints), train_dataset=tokens.dataset, processing_class=tokenizer
     )

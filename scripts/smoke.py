@@ -32,10 +32,8 @@ SETTINGS = {
 given = {name for name, value in os.environ.items() if value}
 chosen = {name: value for name, value in SETTINGS.items() if name not in given}
 if "OUTPUT_DIR" not in given:
-    chosen |= {
-        "OUTPUT_DIR": "outputs/smoke",
-        "OVERWRITE": "1",
-    }  # this folder is its own; another may hold someone's run
+    # this folder is its own; another may hold someone's run
+    chosen |= {"OUTPUT_DIR": "outputs/smoke", "OVERWRITE": "1"}
 if "MODEL_NAME" not in given:
     made = subprocess.run([sys.executable, HERE / "smoke_model.py"], stdout=subprocess.PIPE, text=True)
     if made.returncode:

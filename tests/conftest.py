@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ QUICK = {
     "GRADIENT_ACCUMULATION_STEPS": "2", "WARMUP_STEPS": "1", "MAX_SEQ_LENGTH": "256", "MAX_NEW_TOKENS": "0",
     "LOGGING_STEPS": "1",
 }  # fmt: skip
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +54,16 @@ def train(model: Path, output: Path, **values: Any) -> dict[str, Any]:
     answer = call("train", **{**QUICK, "MODEL_NAME": model, "OUTPUT_DIR": output, **values})
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return dict(json.loads((output / "run.json").read_text()))
+
+
+def logits(base: Path, output: Path, ids: Any) -> tuple[Any, Any]:
+    """In float32, for token `ids` of shape (1, n): logits of base + `output`/adapter, and of `output`/merged."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    both = PeftModel.from_pretrained(loaded, output / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return both(ids).logits, merged(ids).logits

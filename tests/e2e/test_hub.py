@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import QUICK, ROOT, environment
+import conftest
+from conftest import QUICK, ROOT
 from hub_server import HubServer
 
 SAMPLES = ROOT / "finetune" / "samples"
@@ -34,24 +34,10 @@ def hub(qwen2: Path, tmp_path: Path) -> Iterator[HubServer]:
 
 
 def call(hub: HubServer, home: Path, *words: str, **values: Any) -> subprocess.CompletedProcess[str]:
-    settings = {
-        **QUICK,
-        "MODEL_NAME": "org/tiny",
-        "DATASET_NAME": "org/rows",
-        "DATASET_CONFIG": "zh",
-        "OUTPUT_DIR": home / "out",
-        **values,
-    }
-    environ = environment(**settings)
-    environ |= {
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home / "hf"),
-        "NO_PROXY": "*",
-        "no_proxy": "*",
-    }
-    command = [sys.executable, str(ROOT / "entrypoint.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=280)
+    """`entrypoint.py WORDS` against `hub`, with a cache of its own."""
+    ours = dict(MODEL_NAME="org/tiny", DATASET_NAME="org/rows", DATASET_CONFIG="zh", OUTPUT_DIR=home / "out")
+    reach = dict(HF_HUB_OFFLINE=0, HF_ENDPOINT=hub.url, HF_HOME=home / "hf", NO_PROXY="*", no_proxy="*")
+    return conftest.call(*words, **{**QUICK, **ours, **reach, **values})
 
 
 def on_disk(folder: Path) -> dict[str, bytes]:

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from conftest import ROOT, environment
+from conftest import ROOT, environment, logits
 
 pytestmark = pytest.mark.timeout(900)  # two minutes where nothing else runs
 
@@ -53,12 +51,7 @@ def test_what_changed_and_what_did_not(smoke: dict[str, Any]) -> None:
 
 
 def test_merged_logits_equal_base_plus_adapter(smoke: dict[str, Any]) -> None:
-    base = AutoModelForCausalLM.from_pretrained(smoke["base"], dtype=torch.float32)
-    both = PeftModel.from_pretrained(base, smoke["output"] / "adapter").eval()
-    merged = AutoModelForCausalLM.from_pretrained(smoke["output"] / "merged", dtype=torch.float32).eval()
-    ids = torch.arange(1000, 1040)[None]
-    with torch.inference_mode():
-        wanted, found = both(ids).logits, merged(ids).logits
+    wanted, found = logits(smoke["base"], smoke["output"], torch.arange(1000, 1040)[None])
     # every changed weight is rounded once to 16 bits (2^-9 relative); 30 layers add such errors up, to about 1 %
     assert (wanted - found).abs().mean() < 0.02 * wanted.abs().mean()
     assert (wanted.argmax(-1) == found.argmax(-1)).float().mean() > 0.9

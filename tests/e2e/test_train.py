@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from conftest import QUICK, call, train
+from conftest import QUICK, call, logits, train
 from finetune import data, files
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -75,12 +75,7 @@ def test_every_lora_tensor_changed_and_no_base_tensor_did(done: dict[str, Any]) 
 
 
 def test_merged_logits_equal_base_plus_adapter(done: dict[str, Any]) -> None:
-    base = AutoModelForCausalLM.from_pretrained(done["base"], dtype=torch.float32)
-    both = PeftModel.from_pretrained(base, done["output"] / "adapter").eval()
-    merged = AutoModelForCausalLM.from_pretrained(done["output"] / "merged", dtype=torch.float32).eval()
-    ids = torch.arange(3, 60)[None]
-    with torch.inference_mode():
-        wanted, found = both(ids).logits, merged(ids).logits
+    wanted, found = logits(done["base"], done["output"], torch.arange(3, 60)[None])
     # each changed weight is rounded once to bfloat16, a relative error of 2^-9 at most
     assert (wanted - found).abs().max() < 0.01 * wanted.abs().max() + 0.002
     assert done["record"]["verification"]["changed"] == 14
