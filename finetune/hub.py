@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,13 @@ class Source:
     name: str
     commit: str | None
     folder: Path
+
+    def config(self) -> dict[str, Any]:
+        """The model's config.json; {} where there is none."""
+        try:
+            return dict(json.loads((self.folder / "config.json").read_text()))
+        except (OSError, ValueError):
+            return {}
 
 
 def token(settings: Settings) -> str | bool:
