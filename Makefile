@@ -18,7 +18,7 @@ smoke test: export OMP_WAIT_POLICY ?= passive
 SCRIPTS = .ci/run $(wildcard scripts/*.sh docker/*.sh benchmarks/*.sh)
 PYTHON_FILES = entrypoint.py finetune $(wildcard scripts/*.py docker/*.py)
 
-.PHONY: help train push-hub check smoke ask test lint env-example lock image image-reproducible test-image clean clean-all main dev
+.PHONY: help train push-hub check smoke ask test bench lint env-example lock image image-reproducible test-image clean clean-all main dev
 
 help: ## this list
 	@printf 'usage: make TARGET [NAME=value ...]      for example: make train MAX_STEPS=60\n\n'
@@ -43,6 +43,9 @@ ask: main ## ask the trained model in OUTPUT_DIR: make ask Q="What does a raised
 
 test: dev ## unit and end-to-end tests (ARGS goes to pytest: make test ARGS="-k merge")
 	@$(RUN) -m pytest tests/unit tests/e2e $(ARGS)
+
+bench: main ## time every engine and two baselines on a GPU, side by side
+	@$(RUN) scripts/bench.py $(ARGS)
 
 lint: dev ## ruff, mypy, shellcheck, hadolint
 	@$(RUN) -m ruff check .

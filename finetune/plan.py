@@ -55,7 +55,7 @@ class Cost:
         if recomputed < self.layers:
             peaks.append(alive + work)
         if recomputed:
-            peaks.append(inputs + self.kept * tokens + work)
+            peaks.append(inputs + (self.kept - self.kept_recomputed) * tokens + work)  # its input is there already
         return self.fixed + max(peaks)
 
     def recomputed(self, tokens: int, limit: float) -> int | None:

@@ -51,7 +51,7 @@ def measure(
         layers=layers, fixed=before + optimizer_bytes, kept=max(0.0, (kept_b - kept_a) / span), kept_recomputed=width,
         work=work_b - work_token * sizes[1], work_token=work_token,
         loss=loss_b - loss_token * sizes[1], loss_token=loss_token, partial=partial,
-        launch_s=seconds / (1 + recomputed / layers / 2), token_s=4 * _weights(model) / (EFFICIENCY * _speed()),
+        launch_s=seconds / (1 + recomputed / layers / 2), token_s=4 * _weights(model) / (EFFICIENCY * speed(4096)),
     )  # fmt: skip
 
 
@@ -61,10 +61,10 @@ def _weights(model: Any) -> int:
     return sum(math.prod(getattr(w, "quant_state", w).shape) for w in linear)
 
 
-def _speed() -> float:
+def speed(size: int) -> float:
     """FLOP a second of a bfloat16 (or float16) product of two square matrices on this GPU."""
     dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    a = torch.randn(4096, 4096, device="cuda").to(dtype)
+    a = torch.randn(size, size, device="cuda").to(dtype)
     for _ in range(3):
         a @ a
     torch.cuda.synchronize()
@@ -72,4 +72,4 @@ def _speed() -> float:
     for _ in range(10):
         a @ a
     torch.cuda.synchronize()
-    return float(10 * 2 * 4096**3 / (time.perf_counter() - began))
+    return float(10 * 2 * size**3 / (time.perf_counter() - began))
