@@ -12,21 +12,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 GIB = 2**30
-MARGIN = 0.94  # share of the free memory that is planned with; the rest is for fragmentation
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What training takes, in bytes; `per token` where it says so.
 
-    fixed: weights, adapter, gradients and optimizer. kept: per token and layer, from the forward to the backward pass.
-    kept_recomputed: the same where the layer is recomputed (its input). work, work_token: on top while a layer goes
+    fixed: weights, adapter, gradients and optimizer. outside: per token, from the forward to the backward pass, before and
+    after the layers. kept: the same per token and layer. kept_recomputed: the same where the layer is recomputed (its input). work, work_token: on top while a layer goes
     backward. loss, loss_token: on top while the loss is computed. partial: some layers may be recomputed and others not.
     launch_s, token_s: seconds for a piece whatever its size, and for the arithmetic of each of its tokens.
     """
 
     layers: int
     fixed: float
+    outside: float
     kept: float
     kept_recomputed: float
     work: float
@@ -48,7 +48,7 @@ class Cost:
         It is reached at the loss, in the first backward step of a layer that was kept, or of one that is recomputed: its
         activations come back when those of the layers after it are gone.
         """
-        inputs = recomputed * self.kept_recomputed * tokens
+        inputs = (self.outside + recomputed * self.kept_recomputed) * tokens
         alive = inputs + (self.layers - recomputed) * self.kept * tokens
         work = self.work + self.work_token * tokens
         peaks = [alive + self.loss + self.loss_token * tokens]
@@ -93,6 +93,11 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """The part of run.json on the plan."""
         return {**dataclasses.asdict(self), "checkpointing": self.checkpointing}
+
+
+def usable(memory: float) -> float:
+    """What may be planned with of `memory` bytes that are free: the allocator's segments are never quite full."""
+    return 0.98 * memory - 0.1 * GIB
 
 
 def pieces(rows: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

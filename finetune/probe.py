@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -11,8 +12,18 @@ import torch
 
 from finetune.plan import Cost
 
-FREE = 4  # layers that are not recomputed meanwhile, so that even a small card holds the pass
+FREE = 4  # layers that are not recomputed in two of the passes
 EFFICIENCY = 0.6  # share of a matrix product's speed that a whole pass reaches (H100: benchmarks/h100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Bytes after a forward pass, and on top of them in it and in the backward pass; seconds of both."""
+
+    alive: int
+    forward: int
+    backward: int
+    seconds: float
 
 
 def measure(
@@ -23,36 +34,41 @@ def measure(
 
     width: bytes of one token that a recomputed layer keeps. sizes: tokens of the two passes between which a straight line is
     drawn. run(tokens, recomputed) makes a forward pass with the first `recomputed` layers recomputed, and returns the loss.
-    partial: whether single layers can be recomputed; else none is, meanwhile.
+    partial: whether single layers can be recomputed. Then only a few are not, meanwhile: a small card holds that too.
     """
-    recomputed = layers - FREE if partial and layers > FREE else 0
-    run(sizes[0], recomputed).backward()  # compiles, and makes the gradients
+    free = min(FREE, layers) if partial else layers
+    run(sizes[0], layers - free).backward()  # compiles, and makes the gradients
     before = torch.cuda.memory_allocated()
-    found = []
-    for tokens in sizes:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        torch.cuda.reset_peak_memory_stats()
-        loss = run(tokens, recomputed)
-        alive = torch.cuda.memory_allocated()
-        forward = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        loss.backward()
-        backward = torch.cuda.max_memory_allocated()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        del loss
-        kept = alive - before - recomputed * width * tokens
-        found.append((kept / (layers - recomputed), max(0, backward - alive), max(0, forward - alive)))
-    (kept_a, work_a, loss_a), (kept_b, work_b, loss_b) = found
+    small, large = (_pass(run, tokens, layers - free) for tokens in sizes)
     span = sizes[1] - sizes[0]
-    work_token, loss_token = max(0.0, (work_b - work_a) / span), max(0.0, (loss_b - loss_a) / span)
+    slope = (large.alive - small.alive) / span  # of all layers, and of what lies before and after them
+    if partial:
+        lean_small, lean_large = (_pass(run, tokens, layers) for tokens in sizes)
+        outside = (lean_large.alive - lean_small.alive) / span - layers * width
+        kept = (slope - outside - (layers - free) * width) / free
+    else:
+        outside, kept = 0.0, slope / layers
+    work = max(0.0, (large.backward - small.backward) / span)
+    loss = max(0.0, (large.forward - small.forward) / span)
     return Cost(
-        layers=layers, fixed=before + optimizer_bytes, kept=max(0.0, (kept_b - kept_a) / span), kept_recomputed=width,
-        work=work_b - work_token * sizes[1], work_token=work_token,
-        loss=loss_b - loss_token * sizes[1], loss_token=loss_token, partial=partial,
-        launch_s=seconds / (1 + recomputed / layers / 2), token_s=4 * _weights(model) / (EFFICIENCY * speed(4096)),
+        layers=layers, fixed=before + optimizer_bytes, outside=max(0.0, outside), kept=max(0.0, kept), kept_recomputed=width,
+        work=large.backward - work * sizes[1], work_token=work, loss=large.forward - loss * sizes[1], loss_token=loss,
+        partial=partial, launch_s=min(small.seconds, large.seconds) / (1 + (layers - free) / layers / 2),
+        token_s=4 * _weights(model) / (EFFICIENCY * speed(4096)),
     )  # fmt: skip
+
+
+def _pass(run: Callable[[int, int], torch.Tensor], tokens: int, recomputed: int) -> Pass:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    torch.cuda.reset_peak_memory_stats()
+    loss = run(tokens, recomputed)
+    alive, forward = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss.backward()
+    backward = torch.cuda.max_memory_allocated()
+    torch.cuda.synchronize()
+    return Pass(alive, max(0, forward - alive), max(0, backward - alive), time.perf_counter() - began)
 
 
 def _weights(model: Any) -> int:

@@ -162,7 +162,7 @@ def _plan(trainer: OurTrainer, model: PeftModel, settings: Settings, tokens: Tok
     trainer.forget(model)
     sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
     return plan.choose(
-        settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, limit * plan.MARGIN,
+        settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, plan.usable(limit),
         padded=trainer.pads, micro_batch=settings.per_device_train_batch_size if sized else None,
         recomputed=recomputed if "gradient_checkpointing" in settings.given else None,
     )  # fmt: skip

@@ -118,7 +118,7 @@ def ours(folder: Path) -> dict[str, Any]:
         peak_gib=round(record["memory"]["training_gib"], 2), forecast_gib=plan["forecast_gib"],
         forecast_step_s=plan["forecast_step_s"], import_s=timings["import_s"], load_s=timings["load_s"],
         first_step_s=timings["first_step_s"], losses=record["training"]["losses"], steps_s=[row["step_s"] for row in rows],
-        adapter_sha256=record["files"]["adapter/adapter_model.safetensors"]["sha256"],
+        timings=timings, adapter_sha256=record["files"]["adapter/adapter_model.safetensors"]["sha256"],
     )  # fmt: skip
 
 

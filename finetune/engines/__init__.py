@@ -163,3 +163,19 @@ def settle_4bit(settings: Settings, model: torch.nn.Module) -> None:
             f"LOAD_IN_4BIT=1: {settings.model_name} was not loaded in NF4 (found {', '.join(kinds) or 'no 4-bit layer'}); "
             "use another model, or LOAD_IN_4BIT=0 for 16-bit weights"
         )
+
+
+def begin_adapter(model: PeftModel, seed: int) -> PeftModel:
+    """Draw the adapter's A matrices anew as PEFT does (uniform, Kaiming), from `seed` alone; B is zero already.
+
+    PEFT draws them where the weights lie, in the order in which it meets them; so the same SEED began with other numbers on
+    another device or in the other engine, and no two runs could be laid side by side.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for _, weight in sorted((name, p) for name, p in model.named_parameters() if "lora_A" in name):
+        drawn = torch.empty(weight.shape, dtype=torch.float32)
+        torch.nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
+        weight.data.copy_(drawn)
+    return model

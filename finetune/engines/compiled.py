@@ -25,7 +25,7 @@ from finetune.data import IGNORED
 if TYPE_CHECKING:
     from peft import PeftModel
 
-LOSS_CHUNK = 1024  # tokens whose logits exist at a time: 0.25 GiB in bfloat16 at 128,256 words
+LOSS_CHUNK = 512  # tokens whose logits exist at a time: 0.12 GiB in bfloat16 at 128,256 words
 
 
 @contextlib.contextmanager

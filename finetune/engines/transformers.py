@@ -34,7 +34,7 @@ def load(settings: Settings, source: Source) -> PeftModel:
     """
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM
 
     dtype = engines.compute_dtype(settings)
     options: dict[str, Any] = dict(quantization_config=engines.nf4(dtype)) if settings.load_in_4bit else {}
@@ -51,7 +51,6 @@ def load(settings: Settings, source: Source) -> PeftModel:
     linear = [name for name, module in model.named_modules() if _linear(module) and module is not head]
     engines.check_targets(settings, linear)
     model.requires_grad_(False)
-    set_seed(settings.seed)
     targets: Any = list(settings.target_modules) if settings.target_modules != ("all-linear",) else "all-linear"
     adapted: PeftModel = get_peft_model(
         model,
@@ -60,7 +59,7 @@ def load(settings: Settings, source: Source) -> PeftModel:
             bias=settings.lora_bias, target_modules=targets, use_rslora=settings.use_rslora,
         ),
     )  # fmt: skip
-    return adapted
+    return engines.begin_adapter(adapted, settings.seed)
 
 
 def _linear(module: Any) -> bool:

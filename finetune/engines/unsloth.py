@@ -68,7 +68,7 @@ def load(settings: Settings, source: Source) -> PeftModel:
         use_rslora=settings.use_rslora,
         loftq_config=None,
     )
-    return adapted
+    return engines.begin_adapter(adapted, settings.seed)
 
 
 @contextlib.contextmanager
@@ -94,8 +94,10 @@ def layers(model: PeftModel) -> int:
 
 
 def recompute(model: PeftModel, arguments: Any, count: int) -> None:
-    """Recompute the activations of all layers, or of none. unsloth's trainer looks at the argument again when it begins."""
+    """Recompute the activations of all layers, or of none. unsloth's trainer asks model and argument again when it begins."""
     from unsloth import FastLanguageModel
 
-    arguments.gradient_checkpointing = count > 0
-    FastLanguageModel.for_training(model, use_gradient_checkpointing=count > 0)
+    mode: str | bool = "unsloth" if count else False
+    arguments.gradient_checkpointing = bool(count)
+    model._unsloth_gradient_checkpointing = mode
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=mode)

@@ -86,20 +86,22 @@ def packed_run(
         for piece in plan.pieces(some, size):
             loss = packed.loss(model, packed.pack(piece), count)
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
     return total, [p.grad.detach().float().cpu().clone() for p in model.parameters() if p.requires_grad]
 
 
-def reference(folder: Path, some: list[dict[str, list[int]]]) -> tuple[float, list[torch.Tensor]]:
-    """The same in float32 on a CPU by transformers and peft alone, one row at a time."""
-    model = adapted(folder, "cpu", torch.float32)
+def reference(
+    folder: Path, some: list[dict[str, list[int]]], dtype: torch.dtype = torch.float32
+) -> tuple[float, list[torch.Tensor]]:
+    """The same on a CPU by transformers and peft alone, one row at a time."""
+    model = adapted(folder, "cpu", dtype)
     total = 0.0
     for row in some:
-        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
         labels = torch.tensor(row["labels"][1:])
         loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / labels_of(some)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
@@ -109,12 +111,17 @@ def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 
 def test_loss_and_gradients_are_those_of_a_float32_reference(folder: Path, device: str) -> None:
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    loss, gradients = packed_run(adapted(folder, device, dtype), rows(), 8, device)
-    expected, by_reference = reference(folder, rows())
-    # bfloat16 rounds each of some ten activations on the way to 2**-9
-    assert loss == pytest.approx(expected, rel=1e-5 if device == "cpu" else 3e-3)
-    assert distance(gradients, by_reference) < (1e-4 if device == "cpu" else 3e-2)
+    expected, exact = reference(folder, rows())
+    if device == "cpu":
+        loss, gradients = packed_run(adapted(folder, device, torch.float32), rows(), 8, device)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert distance(gradients, exact) < 1e-4
+        return
+    loss, gradients = packed_run(adapted(folder, device, torch.bfloat16), rows(), 8, device)
+    rounded, others = reference(folder, rows(), torch.bfloat16)
+    print(f"distance from float32: here {distance(gradients, exact):.4f}, plain bfloat16 {distance(others, exact):.4f}")
+    assert abs(loss - expected) < max(2 * abs(rounded - expected), 2e-3 * expected)
+    assert distance(gradients, exact) < 1.5 * distance(others, exact)  # no farther than bfloat16 itself takes it
 
 
 def test_an_update_is_the_same_in_any_pieces(folder: Path, device: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from finetune import plan
 
 # 8B in NF4 on the compiled path, in bytes: benchmarks/h100
 COST = plan.Cost(
-    layers=32, fixed=6.0 * plan.GIB, kept=140_000, kept_recomputed=8192, work=0.25 * plan.GIB, work_token=60_000,
+    layers=32, fixed=6.0 * plan.GIB, outside=16_384, kept=140_000, kept_recomputed=8192, work=0.25 * plan.GIB, work_token=60_000,
     loss=0.6 * plan.GIB, loss_token=8192, launch_s=0.2, token_s=6e-5,
 )  # fmt: skip
 UPDATES = [[900, 1200, 1000, 800, 1100, 950, 1050, 1000], [1700, 600, 700, 900, 1000, 1100, 1200, 800]]
@@ -65,8 +67,8 @@ def test_padding_counts() -> None:
 
 def test_the_peak_grows_with_tokens_and_falls_with_recomputed_layers() -> None:
     peaks = [[COST.peak(tokens, count) for count in range(33)] for tokens in (1000, 4000, 9000)]
-    assert all(a >= b for row in peaks for a, b in zip(row, row[1:], strict=False))
-    assert all(a < b for low, high in zip(peaks, peaks[1:], strict=False) for a, b in zip(low, high, strict=True))
+    assert all(a >= b for row in peaks for a, b in itertools.pairwise(row))
+    assert all(a < b for low, high in itertools.pairwise(peaks) for a, b in zip(low, high, strict=True))
 
 
 @pytest.mark.parametrize(("size", "expected"), [(3, [3, 3, 2]), (8, [8]), (1, [1] * 8)])
