@@ -191,9 +191,10 @@ def test_any_user(image: Image, user: str) -> None:
 @pytest.mark.parametrize(
     ("beat", "status"),
     [
-        ("{'phase': 'loading', 'time': 0}", "healthy"),
-        ("{'phase': 'training', 'time': now}", "healthy"),
-        ("{'phase': 'training', 'time': now - 3600}", "unhealthy"),
+        ("{'phase': 'loading', 'time': 0, 'timeout': 60}", "healthy"),
+        ("{'phase': 'training', 'time': now, 'timeout': 60}", "healthy"),
+        ("{'phase': 'training', 'time': now - 3600, 'timeout': 60}", "unhealthy"),
+        ("{'phase': 'training', 'time': now - 3600, 'timeout': 0}", "healthy"),
         (None, "healthy"),
     ],
 )
@@ -211,7 +212,7 @@ def test_health(image: Image, beat: str | None, status: str) -> None:
         time.sleep(4)
         health = json.loads(image.call("inspect", "--format", "{{json .State.Health}}", container).stdout)
         assert health["Status"] == status, health
-        assert status == "healthy" or "hangs: no step has ended" in health["Log"][-1]["Output"]
+        assert status == "healthy" or "hangs: no update has ended" in health["Log"][-1]["Output"]
     finally:
         image.call("rm", "-f", container)
 
