@@ -52,7 +52,7 @@ def test_provenance(image: Image, lock: Path) -> None:
     assert build["version"] == labels["org.opencontainers.image.version"]
     assert build["created"] == labels["org.opencontainers.image.created"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", build["created"])
-    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0 AND LGPL-3.0-or-later AND AGPL-3.0-only"
     assert labels["org.opencontainers.image.base.name"]
 
 
@@ -103,6 +103,18 @@ def test_studio_and_its_command_are_left_out(image: Image) -> None:
     there = "import importlib.util as u; print([n for n in ('studio', 'unsloth_cli') if u.find_spec(n)])"
     assert image.run("python", "-c", there).stdout.strip() == "[]"
     assert image.run("sh", "-c", "command -v unsloth").returncode != 0
+
+
+def test_the_readme_says_how_much_of_unsloth_is_agpl(image: Image) -> None:
+    count = "; ".join(
+        f"grep -rlE 'AGPL|Affero' {p} --include=*.py | wc -l; find {p} -name '*.py' | wc -l"
+        for p in ("unsloth", "unsloth_zoo")
+    )
+    here = image.run("sh", "-c", f"cd /opt/venv/lib/python3*/site-packages; {count}").stdout.split()
+    said = re.search(
+        r"(\d+) of (\d+) and (\d+) of (\d+) of their Python files name the AGPL", (ROOT / "README.md").read_text()
+    )
+    assert said is not None and list(said.groups()) == here
 
 
 def test_sbom(image: Image, lock: Path) -> None:
