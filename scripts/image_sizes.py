@@ -67,7 +67,7 @@ def measure(image: str, docker: str) -> dict[str, Any]:
         if export.wait():
             sys.exit(f"docker export ended with {export.returncode}")
     finally:
-        subprocess.run([docker, "rm", container], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([docker, "rm", "-v", container], check=True, stdout=subprocess.DEVNULL)
     cuda = re.search(rb"cuda: .*= '([\d.]+)'", kept["version.py"])
     assert cuda is not None
     ask = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -54,6 +55,27 @@ def test_provenance(image: Image, lock: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", build["created"])
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0 AND LGPL-3.0-or-later AND AGPL-3.0-only"
     assert labels["org.opencontainers.image.base.name"]
+
+
+def test_a_snapshot_is_taken_or_the_build_stops(image: Image, tmp_path: Path) -> None:
+    asked = "20260101T000000Z"
+    base = image.inspect()["Config"]["Labels"]["org.opencontainers.image.base.name"]
+    options = ["--build-arg", f"BASE={base}", "--build-arg", f"APT_SNAPSHOT={asked}", "--iidfile", str(tmp_path / "id")]
+    done = image.call("build", "-f", "docker/Dockerfile", "--target", "system", *options, str(ROOT), timeout=600)
+    if done.returncode == 0:
+        built = image.call("run", "--rm", (tmp_path / "id").read_text(), "cat", "/etc/apt/snapshot")
+        assert built.stdout == f"{asked}\n"
+    else:
+        assert f"APT_SNAPSHOT={asked}: apt could not update" in done.stdout + done.stderr
+
+
+def test_a_second_build_holds_the_same_files(image: Image) -> None:
+    if "FINETUNE_IMAGE" in image.environ:
+        pytest.skip("the image under test was not built here")
+    script = [str(ROOT / "scripts/image_reproducible.sh")]
+    done = subprocess.run(script, env={**image.environ, "FIRST": image.tag}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "equal: every file, twice"
 
 
 def test_configuration(image: Image) -> None:

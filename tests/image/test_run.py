@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import smoke
 from conftest import ROOT, Image
@@ -194,6 +195,29 @@ def test_env_file_with_quotes_and_comments(image: Image, models: Path, open_fold
     clean(image.run(options=("--env-file", str(file), *rest[: at - 1], *rest[at + 1 :]), timeout=280))
     settings = json.loads((open_folder / "run.json").read_text())["settings"]
     assert (settings["MAX_STEPS"], settings["RUN_NAME"], settings["LEARNING_RATE"]) == (2, "in quotes", 1e-3)
+
+
+def test_what_compose_asks_for_is_enough(image: Image, models: Path, open_folder: Path, tmp_path: Path) -> None:
+    # by the words of `docker run`, since the engine alone is here: all but the GPU, and what it is built from
+    service = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]["train"]
+    words = ["--user", service.pop("user").partition(":-")[2].rstrip("}"), "--shm-size", service.pop("shm_size")]
+    words += ["--read-only"] * service.pop("read_only")
+    for key, option in (("cap_drop", "--cap-drop"), ("security_opt", "--security-opt"), ("tmpfs", "--tmpfs")):
+        words += [word for value in service.pop(key) for word in (option, value)]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o1777)
+    folders = {"../outputs": open_folder, "../cache": tmp_path / "cache"}
+    for volume in service.pop("volumes"):
+        words += ["-v", f"{folders[volume['source']]}:{volume['target']}"]
+    (tmp_path / "token").write_text("hf_token_of_a_test\n")
+    assert service.pop("secrets") == ["hf_token"]
+    (name,) = service.pop("environment")
+    words += ["-v", f"{tmp_path / 'token'}:/run/secrets/hf_token:ro", "-e", f"{name}=/run/secrets/hf_token"]
+    assert set(service) == {"image", "build", "env_file", "deploy"}
+    tiny = options(models, open_folder, HF_HUB_OFFLINE="1", MAX_STEPS="1")[4:]
+    log = clean(image.run(options=(*words, "-v", f"{models}:/models:ro", *tiny), timeout=280))
+    assert "step 1/1" in log and "the token is not checked" in log
+    assert (open_folder / "merged").is_dir() and any((tmp_path / "cache").iterdir())
 
 
 def test_an_empty_variable_is_an_unset_one(image: Image, models: Path, open_folder: Path) -> None:
