@@ -85,7 +85,15 @@ run() { # COMMAND…
     # whatever happens from here on: nothing runs on, and the disk is free again
     trap stop_engine EXIT
     start "$DIR"
-    "$@"
+    # in a process group of its own, since bash acts on a signal only when no command in front keeps it waiting
+    set -m
+    "$@" &
+    child=$! status=0
+    trap 'kill -TERM -- "-$child"' TERM HUP
+    trap 'kill -INT -- "-$child"' INT
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || status=$?; done # a signal ends the first wait early
+    return "$status"
 }
 
 usage() {
