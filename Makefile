@@ -67,7 +67,7 @@ image-reproducible: ## build the image twice and compare; differing files are pr
 	@scripts/image_reproducible.sh
 
 test-image: dev ## build the image and run it in real containers
-	@$(RUN) -m pytest tests/image --timeout 900 $(ARGS)
+	@scripts/docker_engine.sh run $(RUN) -m pytest tests/image $(ARGS)
 
 clean: ## remove caches, and what make smoke left; no other outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs/smoke

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 _state: Path | None = None
+_timeout = 0.0
 
 
-def beat_in(folder: Path) -> None:
-    """Keep the heartbeat in `folder`/heartbeat.json from now on."""
-    global _state
+def beat_in(folder: Path, timeout: float) -> None:
+    """Keep the heartbeat in `folder`/heartbeat.json from now on. timeout: seconds after which a health check may call it old."""
+    global _state, _timeout
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _state = folder
+        _state, _timeout = folder, timeout
     except OSError:
         _state = None  # a health check then finds none, and training goes on
 
@@ -36,7 +37,7 @@ def beat(phase: str) -> None:
         return
     partial = _state / "heartbeat.json.partial"
     try:
-        partial.write_text(json.dumps(dict(phase=phase, pid=os.getpid(), time=time.time())))
+        partial.write_text(json.dumps(dict(phase=phase, pid=os.getpid(), time=time.time(), timeout=_timeout)))
         os.replace(partial, _state / "heartbeat.json")
     except OSError:
         pass  # as above

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from finetune import preflight
 from finetune.settings import Settings, declarations
 
 # nothing phones home (unsloth #3680 hung behind firewalls on its start-up call), and no window is opened for a plot
@@ -18,12 +21,17 @@ ALWAYS = {
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizing processes are forked
 }
+# Where each goes below XDG_CACHE_HOME, unless it is set itself. The first two are for what has no variable here (wandb, the shell).
 CACHES = {
+    "HOME": "",
+    "XDG_CACHE_HOME": "",
     "HF_HOME": "huggingface",
-    "TRITON_CACHE_DIR": "triton",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "UNSLOTH_COMPILE_LOCATION": "unsloth_compiled_cache",
-    "MPLCONFIGDIR": "matplotlib",
+    "TORCH_HOME": "torch",
+    "TRITON_CACHE_DIR": "finetune/triton",
+    "TORCHINDUCTOR_CACHE_DIR": "finetune/inductor",
+    "CUDA_CACHE_PATH": "finetune/cuda",
+    "UNSLOTH_COMPILE_LOCATION": "finetune/unsloth_compiled_cache",
+    "MPLCONFIGDIR": "finetune/matplotlib",
 }
 
 
@@ -60,22 +68,33 @@ def variables(settings: Settings, layered: Mapping[str, str]) -> dict[str, str]:
 
 def _caches(layered: Mapping[str, str]) -> dict[str, str]:
     """A writable place for each cache: the one named, or a temporary folder where that cannot be written."""
-    home = Path(layered.get("XDG_CACHE_HOME") or Path(layered.get("HOME") or "/nonexistent") / ".cache")
-    named = {
-        name: Path(layered.get(name) or home / ("" if name == "HF_HOME" else "finetune") / part)
-        for name, part in CACHES.items()
-    }
-    lost = [name for name, place in named.items() if not _writable(place)]
+    home = layered.get("HOME", "")
+    below = layered.get("XDG_CACHE_HOME") or (home and f"{home}/.cache")
+    named = {name: layered.get(name) or (below and f"{below}/{part}") for name, part in CACHES.items()} | {"HOME": home}
+    lost = [name for name, place in named.items() if not (place and _writable(Path(place)))]
     if lost:
-        temporary = Path(tempfile.gettempdir()) / f"finetune-cache-{os.getuid()}"
+        temporary = _temporary()
         print(
             f"caches: {', '.join(lost)} cannot be written and go to {temporary}, which may not outlast this run",
             flush=True,
         )
-        named |= {name: temporary / CACHES[name] for name in lost}
-    return {name: str(place) for name, place in named.items()} | {"USER": layered.get("USER") or f"uid{os.getuid()}"}
+        named |= {name: f"{temporary}/{CACHES[name]}" for name in lost}
+    return {name: str(Path(place)) for name, place in named.items()} | {
+        "USER": layered.get("USER") or f"uid{os.getuid()}"
+    }
+
+
+def _temporary() -> Path:
+    """A folder of this user's own: compiled code is loaded from it, so one that someone else has put there is passed over."""
+    place = Path(preflight.temporary()) / f"finetune-cache-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        place.mkdir(mode=0o700)
+    found = place.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return place if own else Path(tempfile.mkdtemp(prefix="finetune-cache-"))
 
 
 def _writable(place: Path) -> bool:
-    existing = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK)
+    """Whether the folder is there, or could be made, and files in it. (`Path.exists` raises where it may not look.)"""
+    existing = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.exists(p))
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -92,7 +93,7 @@ def parameters(model_name: str) -> int | None:
 
 
 def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """dtype, shape and data_offsets of each tensor in a safetensors file. Raises PreflightError where it is damaged."""
+    """dtype, shape and data_offsets of each tensor in a safetensors file. Raises PreflightError where it is damaged or closed."""
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -100,7 +101,8 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError
             header = json.loads(stream.read(length))
     except (OSError, ValueError):
-        raise PreflightError(f"{file}: not a whole safetensors file; download or copy the model again") from None
+        problem = denied(file) or f"{file}: not a whole safetensors file; download or copy the model again"
+        raise PreflightError(problem) from None
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
@@ -109,6 +111,12 @@ def check(settings: Settings, visible: list[Gpu], environ: Mapping[str, str], *,
 
     count: parameters of the model, where they are known better than from its name.
     """
+    temporary()
+    if closed := list(_closed(settings)):
+        raise PreflightError(*closed)  # nothing else can be said of a model that cannot be read
+    temporary()
+    if closed := list(_closed(settings)):
+        raise PreflightError(*closed)  # nothing more can be said of a model that cannot be read
     count = count or parameters(settings.model_name)
     problems = [*_gpu(settings, visible, count), *_output(settings), *_disk(settings, environ, count)]
     if problems:
@@ -120,6 +128,47 @@ def check(settings: Settings, visible: list[Gpu], environ: Mapping[str, str], *,
         lines.append(f"model: {settings.model_name}, {_billions(count)} parameters")
     free = shutil.disk_usage(_existing(Path(settings.output_dir))).free
     return [*lines, f"OUTPUT_DIR: {settings.output_dir}, {free / 2**30:.0f} GiB free"]
+
+
+def temporary() -> str:
+    """The folder for temporary files. Raises PreflightError where there is none: tokenizing and compiling need one."""
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        raise PreflightError(
+            f"TMPDIR={os.environ.get('TMPDIR', '')}: no folder for temporary files can be written, neither there nor in /tmp. "
+            "Give one, for example TMPDIR=/outputs, or with docker run --read-only add --tmpfs /tmp:exec"
+        ) from None
+
+
+def _closed(settings: Settings) -> Iterator[str]:
+    """A sentence for each local path that a setting names and this user may not read; for a folder, each file in it."""
+    for name in filter(None, (settings.model_name, settings.dataset_name, settings.prompt_template)):
+        path = Path(name).expanduser()
+        if problem := denied(path):
+            yield problem
+        elif os.path.isdir(path):
+            yield from filter(None, map(denied, sorted(path.iterdir())))
+
+
+def denied(path: Path) -> str | None:
+    """The sentence for a file or folder that is there and this user may not read; None for every other."""
+    try:
+        needed = os.R_OK | (os.X_OK if stat.S_ISDIR(path.stat().st_mode) else 0)
+        if os.access(path, needed):
+            return None
+    except PermissionError:
+        pass
+    except OSError:
+        return None  # not there: whoever opens it says so
+    real = path.resolve()
+    culprit = next((folder for folder in reversed(real.parents) if not os.access(folder, os.X_OK)), real)
+    status = culprit.stat()
+    return (
+        f"{path}: cannot be read by user {os.getuid()}, since {culprit} belongs to user {status.st_uid} with mode "
+        f"{stat.S_IMODE(status.st_mode):04o}. Open it to all (chmod -R a+rX {culprit}), or run as its owner "
+        f"(docker run --user {status.st_uid}:{status.st_gid})."
+    )
 
 
 def _gpu(settings: Settings, visible: list[Gpu], count: int | None) -> Iterator[str]:
@@ -136,10 +185,13 @@ def _gpu(settings: Settings, visible: list[Gpu], count: int | None) -> Iterator[
     gpu, cuda = visible[0], cuda_version()
     needed = DRIVERS.get(cuda[0], 0)
     if 0 < _number(gpu.driver.partition(".")[0]) < needed:
-        other = " or the image for CUDA 12.8 (make image CUDA=12.8)" if cuda[0] > 12 else ""
+        other = (
+            ", the image for CUDA 12.8 (make image CUDA=12.8), or `make train` without Docker, which installs the packages for "
+            "CUDA 12.8 by itself where it finds an old driver"
+        )
         yield (
             f"The NVIDIA driver {gpu.driver} is too old: this build uses CUDA {cuda[0]}.{cuda[1]}, which needs driver "
-            f"{needed} or newer. Use a newer driver{other}."
+            f"{needed} or newer. Use a newer driver{other if cuda[0] > 12 else ''}."
         )
     if (0, 0) < gpu.capability < OLDEST_CAPABILITY:
         found, oldest = (".".join(map(str, version)) for version in (gpu.capability, OLDEST_CAPABILITY))
@@ -198,7 +250,7 @@ def _model_cache(name: str, environ: Mapping[str, str]) -> Path:
 
 
 def _existing(folder: Path) -> Path:
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
 
 
 def _billions(count: int) -> str:

@@ -113,6 +113,8 @@ class Settings:
     full_determinism: bool | None = setting(None, "Same settings, data and kind of GPU give the same bytes; unset: where it is cheap (CPU, compiled path).")  # fmt: skip
     report_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Tracker; wandb writes offline where WANDB_API_KEY is unset.", free=True)  # fmt: skip
 
+    health_timeout: float = setting(1800, "Seconds that one update may take before the container counts as unhealthy; 0: any time.", low=0, free=True)  # fmt: skip
+
     # Before and after
     sample_question: str = setting("一个患有急性阑尾炎的病人已经发病5天,腹痛稍有减轻但仍然发热,在体检时发现右下腹有压痛的包块,此时应如何处理?", "Question answered before and after training.", free=True)  # fmt: skip
     max_new_tokens: int = setting(1200, "Length limit of an answer; 0 asks nothing.", low=0, free=True)

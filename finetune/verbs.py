@@ -11,7 +11,7 @@ from finetune.settings import Settings
 
 def call(verb: str, settings: Settings, environ: Mapping[str, str], question: str | None) -> None:
     """Run `verb`. Raises Refusal where it cannot be done."""
-    console.beat_in(Path(environ.get("FINETUNE_STATE_DIR") or "/tmp/finetune"))
+    console.beat_in(Path(environ.get("FINETUNE_STATE_DIR") or "/tmp/finetune"), settings.health_timeout)
     if verb == "train":
         recipe.run(settings, environ)
     elif verb == "check":

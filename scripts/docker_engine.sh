@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # A Docker engine for the image tests, where the machine has none.
 #
-#   docker_engine.sh start DIR   install and start it under DIR, make the stand-in base; prints `export` lines for the caller
-#   docker_engine.sh stop DIR    end what start began, by its process id, and remove DIR
+#   docker_engine.sh run COMMAND…   with the engine that answers, else with one of its own, gone again when the command ends
+#   docker_engine.sh start DIR      install and start it under DIR, make the stand-in base; prints `export` lines for the caller
+#   docker_engine.sh stop DIR       end what start began, by its process id, and remove DIR
 #
-# The stand-in base is a plain Debian with python3: tests build the real Dockerfile on it where no registry can be reached.
+# With an engine of its own the command finds DOCKER (the client), DOCKER_HOST and BASE. The stand-in base is a plain Debian with
+# python3: tests build the real Dockerfile on it where no registry can be reached.
 set -euo pipefail
 
 BASE=finetune-base:bookworm
@@ -13,13 +15,16 @@ CLIENT=/usr/bin/docker # a newer client elsewhere on PATH may come without build
 say() { echo "docker_engine: $*" >&2; }
 
 install_engine() {
-    if [ -x "$CLIENT" ] && command -v dockerd mmdebstrap buildah >/dev/null; then return; fi
-    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        say "no Docker engine here, and only root on Debian can install one: install Docker, or set DOCKER_HOST"
+    if [ "$(id -u)" != 0 ] || [ ! -e /etc/apt/sources.list.d/debian.sources ]; then
+        say "no Docker engine answers, and only root on Debian can start one here: install and start Docker, or set DOCKER_HOST"
         exit 3
     fi
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io iptables mmdebstrap buildah >/dev/null
+    for program in "$CLIENT" dockerd iptables mmdebstrap; do
+        command -v "$program" >/dev/null && continue
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io iptables mmdebstrap >/dev/null
+        return
+    done
 }
 
 start_engine() {
@@ -65,22 +70,44 @@ stop_engine() {
     rm -rf "$DIR"
 }
 
-verb=${1:-}
-DIR=${2:-}
-if [ -z "$DIR" ]; then
-    say "usage: docker_engine.sh start|stop DIR"
+start() { # DIR
+    mkdir -p "$1"
+    DIR=$(cd "$1" && pwd)
+    export DOCKER=$CLIENT DOCKER_HOST="unix://$DIR/docker.sock" DOCKER_BUILDKIT=1 BASE
+    install_engine
+    "$CLIENT" info >/dev/null 2>&1 || start_engine
+    make_base
+}
+
+run() { # COMMAND…
+    if "${DOCKER:-docker}" info >/dev/null 2>&1; then exec "$@"; fi
+    DIR=$(mktemp -d -t finetune-engine-XXXXXX)
+    # whatever happens from here on: nothing runs on, and the disk is free again
+    trap stop_engine EXIT
+    start "$DIR"
+    # in a process group of its own, since bash acts on a signal only when no command in front keeps it waiting
+    set -m
+    "$@" &
+    child=$! status=0
+    trap 'kill -TERM -- "-$child"' TERM HUP
+    trap 'kill -INT -- "-$child"' INT
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || status=$?; done # a signal ends the first wait early
+    return "$status"
+}
+
+usage() {
+    say "usage: docker_engine.sh run COMMAND… | start DIR | stop DIR"
     exit 2
-fi
-mkdir -p "$DIR"
-DIR=$(cd "$DIR" && pwd)
-export DOCKER_HOST="unix://$DIR/docker.sock" DOCKER_BUILDKIT=1
-case $verb in
+}
+
+[ $# -ge 2 ] || usage
+case $1 in
+    run) shift && run "$@" ;;
     start)
-        install_engine
-        "$CLIENT" info >/dev/null 2>&1 || start_engine
-        make_base
-        echo "export DOCKER=$CLIENT DOCKER_HOST=$DOCKER_HOST DOCKER_BUILDKIT=1 BASE=$BASE ENGINE_DIR=$DIR"
+        start "$2"
+        echo "export DOCKER=$DOCKER DOCKER_HOST=$DOCKER_HOST DOCKER_BUILDKIT=1 BASE=$BASE"
         ;;
-    stop) stop_engine ;;
-    *) say "usage: docker_engine.sh start|stop DIR"; exit 2 ;;
+    stop) DIR=$2 && stop_engine ;;
+    *) usage ;;
 esac

@@ -12,11 +12,6 @@ CDPATH="" cd -- "$(dirname -- "$0")/.."
 # shellcheck disable=SC1091
 . scripts/image_arguments.sh
 
-# The client that can build: BuildKit came into docker.io before `docker buildx`, and a client without either cannot.
-docker=${DOCKER:-docker}
-if [ -z "${DOCKER:-}" ] && ! docker buildx version >/dev/null 2>&1 && [ -x /usr/bin/docker ]; then docker=/usr/bin/docker; fi
-export DOCKER_BUILDKIT=1
-
 "$docker" build -t "$IMAGE" -f docker/Dockerfile ${NO_CACHE:+--no-cache} "${arguments[@]}" "${secrets[@]}" .
 mkdir -p "$DIST"
 "$docker" run --rm --pull never --network none "$IMAGE" cat /app/sbom.cdx.json >"$DIST/sbom-cuda$CUDA.cdx.json"

@@ -1,6 +1,12 @@
 # shellcheck shell=bash
-# Sourced by image.sh and image_reproducible.sh: the same arguments for docker and buildah. Sets IMAGE, DIST, REVISION,
+# Sourced by image.sh and image_reproducible.sh: the same arguments for docker and buildah. Sets `docker`, IMAGE, DIST, REVISION,
 # SOURCE_DATE_EPOCH, and the arrays `arguments` and `secrets`.
+
+# The client that can build: BuildKit came into docker.io before `docker buildx`, and a client without either cannot.
+docker=${DOCKER:-docker}
+# shellcheck disable=SC2034 # used by the scripts that source this file
+if [ -z "${DOCKER:-}" ] && ! docker buildx version >/dev/null 2>&1 && [ -x /usr/bin/docker ]; then docker=/usr/bin/docker; fi
+export DOCKER_BUILDKIT=1
 
 CUDA=${CUDA:-13.0}
 case $CUDA in

@@ -4,14 +4,13 @@
 # With buildah: equal image IDs, that is equal bytes in every layer and an equal configuration. (In the OCI format, which
 # knows no HEALTHCHECK: in Docker's, buildah records the name of its working container, and that is random.)
 # Without it, with Docker, whose older BuildKit writes the time of the build into the layers: equal type, mode, owner, link
-# and sha256 of every file. Takes the variables of image.sh.
-# Needs about 30 GB on the disk of TMPDIR.
+# and sha256 of every file. Takes the variables of image.sh; with Docker also FIRST, an image that stands for the first build.
+# Needs about 30 GB on the engine's disk, for buildah that of TMPDIR.
 # shellcheck disable=SC2154 # image_arguments.sh sets what is used and not assigned here
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 # shellcheck disable=SC1091
 . scripts/image_arguments.sh
-docker=${DOCKER:-docker}
 
 work=$(mktemp -d)
 cleanup() {
@@ -30,9 +29,19 @@ store() { # N ARGUMENT…
     buildah --root "$work/$n/root" --runroot "$work/$n/run" "$@"
 }
 
-# One line a file: mode, owner, link target, then the sha256 of its content. Sorted, so that diff can compare.
-list() { # FOLDER
-    (cd "$1" && find . -printf '%M %U:%G %p %l\n' && find . -type f -print0 | xargs -0 -r -P 2 -n 200 sha256sum) | LC_ALL=C sort
+# One line a file of the tar that comes in: type, mode, owner, name, link, sha256. Sorted, so that diff can compare.
+list() {
+    python3 -c '
+import hashlib, sys, tarfile
+lines = []
+with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
+    for file in tar:
+        digest = hashlib.sha256()
+        content = tar.extractfile(file) if file.isfile() else None
+        while content and (block := content.read(1 << 20)):
+            digest.update(block)
+        lines.append(f"{file.type.decode()} {file.mode:04o} {file.uid}:{file.gid} {file.name} {file.linkname} {digest.hexdigest()}")
+print(*sorted(lines), sep="\n")'
 }
 
 with_buildah() { # N
@@ -46,24 +55,28 @@ with_buildah() { # N
         --ignorefile docker/Dockerfile.dockerignore "${arguments[@]}" "${secrets[@]}" . >"$work/log$1" 2>&1 ||
         { tail -20 "$work/log$1" >&2; exit 1; }
     store "$1" inspect --type image "$(cat "$work/id$1")" >"$work/config$1"
-    list "$(store "$1" mount "$(store "$1" from --pull-never "$(cat "$work/id$1")")")" >"$work/files$1"
+    tar -c -C "$(store "$1" mount "$(store "$1" from --pull-never "$(cat "$work/id$1")")")" . | list >"$work/files$1"
     store "$1" umount --all >/dev/null
     store "$1" rm --all >/dev/null
     store "$1" rmi --all --force >/dev/null # the second build gets the disk of the first
 }
 
 with_docker() { # N
-    DOCKER_BUILDKIT=1 "$docker" build -q --no-cache --iidfile "$work/id$1" -f docker/Dockerfile "${arguments[@]}" "${secrets[@]}" . >/dev/null
-    container=$("$docker" create "$(cat "$work/id$1")")
-    mkdir "$work/tree"
-    "$docker" export "$container" | tar -x -C "$work/tree"
-    "$docker" rm "$container" >/dev/null
-    list "$work/tree" >"$work/files$1"
-    rm -rf "$work/tree"
+    local image=finetune-reproducible:$1 container
+    if [ "$1" = 1 ] && [ -n "${FIRST:-}" ]; then
+        image=$FIRST
+    else
+        "$docker" build -q --no-cache -t "$image" -f docker/Dockerfile "${arguments[@]}" "${secrets[@]}" . >/dev/null
+    fi
+    "$docker" image inspect --format '{{.Id}}' "$image" >"$work/id$1"
+    container=$("$docker" create --pull never "$image")
+    "$docker" export "$container" | list >"$work/files$1"
+    "$docker" rm -v "$container" >/dev/null
+    [ "$image" = "${FIRST:-}" ] || "$docker" rmi "$image" >/dev/null
 }
 
 how=with_docker
-if command -v buildah >/dev/null; then
+if [ -z "${FIRST:-}" ] && command -v buildah >/dev/null; then
     how=with_buildah
     if [ -z "${CONTAINERS_CONF:-}" ]; then
         export CONTAINERS_CONF=$work/containers.conf

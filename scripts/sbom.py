@@ -69,9 +69,9 @@ def debian_packages(root: Path) -> Iterator[dict[str, Any]]:
         if not (fields.get("Status") or "").endswith(" installed"):
             continue
         name, version = fields["Package"], fields["Version"]
-        purl = (
-            f"pkg:deb/{os_release['ID']}/{quote(name)}@{quote(version)}?arch={fields['Architecture']}&distro={distro}"
-        )
+        # a purl leaves the colon of an epoch as it is
+        where = f"arch={fields['Architecture']}&distro={distro}"
+        purl = f"pkg:deb/{os_release['ID']}/{quote(name)}@{quote(version, safe=':')}?{where}"
         yield {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
 
 

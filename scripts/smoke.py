@@ -29,14 +29,21 @@ SETTINGS = {
     "MAX_NEW_TOKENS": "60",
     "PUSH_TO_HUB": "0",
 }
-given = {name for name, value in os.environ.items() if value}
-chosen = {name: value for name, value in SETTINGS.items() if name not in given}
-if "OUTPUT_DIR" not in given:
-    # this folder is its own; another may hold someone's run
-    chosen |= {"OUTPUT_DIR": "outputs/smoke", "OVERWRITE": "1"}
-if "MODEL_NAME" not in given:
-    made = subprocess.run([sys.executable, HERE / "smoke_model.py"], stdout=subprocess.PIPE, text=True)
-    if made.returncode:
-        sys.exit(made.returncode)
-    chosen["MODEL_NAME"] = made.stdout.strip()
-os.execve(sys.executable, [sys.executable, str(HERE.parent / "entrypoint.py"), "train"], {**os.environ, **chosen})
+
+
+def main() -> None:
+    given = {name for name, value in os.environ.items() if value}
+    chosen = {name: value for name, value in SETTINGS.items() if name not in given}
+    if "OUTPUT_DIR" not in given:
+        # this folder is its own; another may hold someone's run
+        chosen |= {"OUTPUT_DIR": "outputs/smoke", "OVERWRITE": "1"}
+    if "MODEL_NAME" not in given:
+        made = subprocess.run([sys.executable, HERE / "smoke_model.py"], stdout=subprocess.PIPE, text=True)
+        if made.returncode:
+            sys.exit(made.returncode)
+        chosen["MODEL_NAME"] = made.stdout.strip()
+    os.execve(sys.executable, [sys.executable, str(HERE.parent / "entrypoint.py"), "train"], {**os.environ, **chosen})
+
+
+if __name__ == "__main__":
+    main()

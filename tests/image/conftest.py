@@ -1,18 +1,14 @@
 """The built image, in a real engine.
 
-FINETUNE_IMAGE=tag tests an image that exists. Else the image is built with scripts/image.sh: by the engine that answers
-(DOCKER_HOST or the machine's own), on BASE or the default base; where none answers, by one that scripts/docker_engine.sh
-starts for these tests alone, on the stand-in base.
+`make test-image` runs these tests under scripts/docker_engine.sh, which names client and base (DOCKER, BASE) where it starts an
+engine of its own. FINETUNE_IMAGE=tag tests an image that exists; else the image is built with scripts/image.sh.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,44 +47,21 @@ class Image:
         return json.loads(self.call("image", "inspect", self.tag).stdout)[0]
 
 
-def _engine() -> tuple[str, bool]:
-    """(client, whether an engine answers it)."""
-    for client in filter(None, (os.environ.get("DOCKER"), shutil.which("docker"), "/usr/bin/docker")):
-        if Path(client).exists() and subprocess.run([client, "info"], capture_output=True).returncode == 0:
-            return client, True
-    return "", False
-
-
 @pytest.fixture(scope="session")
-def image() -> Iterator[Image]:
-    environ, started = dict(os.environ), None
-    client, answers = _engine()
-    try:
-        if not answers:
-            if os.geteuid() != 0 or not Path("/etc/apt/sources.list.d/debian.sources").exists():
-                pytest.skip(
-                    "no Docker engine answers, and only root on Debian can start one: install Docker or set DOCKER_HOST"
-                )
-            started = tempfile.mkdtemp(prefix="finetune-engine-")
-            script = [str(ROOT / "scripts/docker_engine.sh"), "start", started]
-            lines = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout
-            environ |= dict(word.split("=", 1) for word in lines.removeprefix("export ").split())
-            client = environ["DOCKER"]
-        environ["DOCKER"] = client
-        tag = environ.get("FINETUNE_IMAGE") or "finetune:under-test"
-        if "FINETUNE_IMAGE" not in environ:
-            build = subprocess.run(
-                [str(ROOT / "scripts/image.sh")],
-                env={**environ, "IMAGE": tag},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            assert build.returncode == 0, build.stdout[-4000:]
-        yield Image(tag, client, environ)
-    finally:
-        if started:
-            subprocess.run([str(ROOT / "scripts/docker_engine.sh"), "stop", started], check=True)
+def image() -> Image:
+    environ = dict(os.environ)
+    docker = environ.get("DOCKER") or "docker"
+    tag = environ.get("FINETUNE_IMAGE") or "finetune:under-test"
+    if "FINETUNE_IMAGE" not in environ:
+        build = subprocess.run(
+            [str(ROOT / "scripts/image.sh")],
+            env={**environ, "IMAGE": tag},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert build.returncode == 0, build.stdout[-4000:]
+    return Image(tag, docker, environ)
 
 
 @pytest.fixture

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from finetune import preflight
 from finetune.errors import PreflightError
 from finetune.settings import Settings
 
+ROOT = Path(__file__).resolve().parents[2]
 H100 = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 81079, 580.159.04, 9.0"
 T4 = "1, GPU-bb, Tesla T4, 15360, 15000, 580.159.04, 7.5"
 
@@ -54,7 +59,7 @@ def test_no_driver_no_gpu(tmp_path: Path) -> None:
 
 def test_an_old_driver_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = H100.replace("580.159.04", "535.104.05")
-    with pytest.raises(PreflightError, match=r"535\.104\.05.*CUDA 13\.0.*580.*CUDA=12\.8"):
+    with pytest.raises(PreflightError, match=r"535\.104\.05.*CUDA 13\.0.*580.*CUDA=12\.8.*make train"):
         checked(tmp_path, old, monkeypatch=monkeypatch)
     assert checked(tmp_path, old, cuda=(12, 8), monkeypatch=monkeypatch)
 
@@ -93,3 +98,57 @@ def test_parameters_counted_in_a_folder(tmp_path: Path) -> None:
 def test_a_full_disk_is_found_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PreflightError, match=r"GB free, about .* needed"):
         checked(tmp_path, H100, monkeypatch=monkeypatch, MODEL_NAME="org/huge-90000B", SAVE_MERGED="1")
+
+
+# root may read everything, so it becomes someone else first, after the imports that need its Python
+AS_ANOTHER = """
+import os, sys
+from finetune import preflight
+from finetune.errors import Refusal
+from finetune.settings import Settings
+if os.getuid() == 0:
+    os.setgid(23456), os.setuid(12345)
+try:
+    preflight.check(Settings.from_env(dict(word.split("=", 1) for word in sys.argv[1:])), [], {})
+except Refusal as refusal:
+    print(refusal)
+    sys.exit(refusal.code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("closed", "setting"),
+    [("model/model.safetensors", "MODEL_NAME=model"), ("model/config.json", "MODEL_NAME=model"), ("model", "MODEL_NAME=model"), ("data", "DATASET_NAME=data/rows.jsonl"), ("data/rows.jsonl", "DATASET_NAME=data/rows.jsonl"), ("data/template.txt", "PROMPT_TEMPLATE=data/template.txt")],
+)  # fmt: skip
+def test_what_may_not_be_read_is_named_with_its_owner_and_the_way_out(closed: str, setting: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        header = json.dumps({"a": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+        for file, content in (("model/config.json", b"{}"), ("model/model.safetensors", struct.pack("<Q", len(header)) + header + bytes(4)), ("data/rows.jsonl", b"{}"), ("data/template.txt", b"{}")):  # fmt: skip
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_bytes(content)
+        (folder / "out").mkdir()
+        (folder / "out").chmod(0o1777)
+        words = [f"OUTPUT_DIR={folder}/out", f"MODEL_NAME={folder}/model", "DATASET_NAME=samples"]
+        given, _, path = setting.partition("=")
+        command = [sys.executable, "-c", AS_ANOTHER, *words, f"{given}={folder}/{path}"]
+        environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+        assert subprocess.run(command, env=environ, capture_output=True).returncode == 0
+        (folder / closed).chmod(0)
+        refused = subprocess.run(command, env=environ, capture_output=True, text=True)
+        (folder / closed).chmod(0o700)
+    assert refused.returncode == PreflightError.code, refused.stderr
+    assert refused.stdout.startswith(f"{folder}/{closed}".replace("/data", "/data/rows.jsonl") if closed == "data" else f"{folder}/{closed}")  # fmt: skip
+    uid = 12345 if os.getuid() == 0 else os.getuid()
+    for text in (f"user {uid},", f"{folder}/{closed} belongs to user {os.getuid()} with mode 0000", f"chmod -R a+rX {folder}/{closed}", "--user"):  # fmt: skip
+        assert text in refused.stdout, refused.stdout
+
+
+def test_no_temporary_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(PreflightError, match=r"TMPDIR=.*--tmpfs /tmp"):
+        preflight.check(Settings.from_env({}), [], {})

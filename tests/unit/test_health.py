@@ -1,0 +1,38 @@
+"""The image's health check on the heartbeat that the program writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune import console
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("phase", "timeout", "later", "verdict"),
+    [
+        ("training", 60, 59, (0, "training: the last update ended 59 s ago")),
+        ("training", 60, 61, (1, "hangs: no update has ended for 61 s (HEALTH_TIMEOUT=60)")),
+        ("training", 0, 10**6, (0, "training: the last update ended 1000000 s ago")),
+        ("loading", 60, 3600, (0, "loading, since 3600 s")),
+    ],
+)
+def test_the_check_reads_what_the_run_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, timeout: float, later: float, verdict: tuple[int, str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("healthcheck", ROOT / "docker/healthcheck.py")
+    assert spec is not None and spec.loader is not None
+    healthcheck = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(healthcheck)
+    environ = {"FINETUNE_STATE_DIR": str(tmp_path)}
+    assert healthcheck.verdict(environ, 0) == (0, "no run here yet")
+    monkeypatch.setattr(console, "_state", None)
+    console.beat_in(tmp_path, timeout)
+    console.beat(phase)
+    began = json.loads((tmp_path / "heartbeat.json").read_text())["time"]
+    assert healthcheck.verdict(environ, began + later) == verdict
