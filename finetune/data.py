@@ -8,12 +8,13 @@ import functools
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import hub
-from finetune.errors import SettingsError
+from finetune.errors import HubError, SettingsError
 from finetune.settings import SPLIT, Settings
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ Please answer the following medical question.
 SHOWN = 5  # bad rows named in one message
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 IGNORED = -100  # label that the loss leaves out
+COMMIT = "[0-9a-f]{40}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +129,15 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[tuple[str, Row]]]:
                 splits = ", ".join(get_dataset_split_names(name, config, revision=commit, token=token))
                 raise SettingsError(f"DATASET_SPLIT={settings.dataset_split}: {name} has {splits}, for example DATASET_SPLIT={splits.split(',')[0]}") from None  # fmt: skip
             raise SettingsError(f"DATASET_NAME={name}: cannot be read as a data set ({_line(error)})") from None
+    # offline, datasets takes the newest that it has, whatever revision is asked for; the folder tells which one it took
+    loaded = next((Path(file["filename"]).parent.name for file in found.cache_files), "")
+    if re.fullmatch(COMMIT, commit) and re.fullmatch(COMMIT, loaded) and loaded != commit:
+        raise HubError(
+            f"DATASET_REVISION={commit}: is not in the cache, which has {loaded} of {name}, and HF_HUB_OFFLINE is set; load it "
+            "once with the network"
+        )
     rows = found.select(_range(settings, len(found)))
-    return commit, [
+    return next((text for text in (loaded, commit) if re.fullmatch(COMMIT, text)), None), [
         (f"{name} {split} row {index + 1}", row) for index, row in zip(_range(settings, len(found)), rows, strict=True)
     ]
 
@@ -351,16 +360,26 @@ def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORED where there is no loss."""
+    """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORED where there is no loss.
+
+    sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once.
+    """
 
     dataset: Dataset
     truncated: int
     longest: int
     total: int
+    sha256: str
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the tokens."""
-        return dict(trained=len(self.dataset), truncated=self.truncated, longest=self.longest, tokens=self.total)
+        return dict(
+            trained=len(self.dataset),
+            truncated=self.truncated,
+            longest=self.longest,
+            tokens=self.total,
+            tokens_sha256=self.sha256,
+        )
 
     def describe(self) -> str:
         """One line for the console."""
@@ -399,8 +418,11 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
             "long; raise MAX_SEQ_LENGTH, for example MAX_SEQ_LENGTH=4096"
         )
     truncated = sum(mapped["truncated"])
-    lengths = [len(ids) for ids in mapped["input_ids"]]
-    return Tokens(mapped.remove_columns(["truncated"]), truncated, max(lengths), sum(lengths))
+    lengths, digest = [], hashlib.sha256()
+    for ids, labels in zip(mapped["input_ids"], mapped["labels"], strict=True):
+        lengths.append(len(ids))
+        digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
+    return Tokens(mapped.remove_columns(["truncated"]), truncated, max(lengths), sum(lengths), digest.hexdigest())
 
 
 def _template_text(

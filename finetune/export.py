@@ -21,19 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import files
 from finetune.errors import PreflightError, Refusal, SettingsError
-from finetune.hub import Source
+from finetune.hub import INDEX, TOKENIZER_FILES, Source, weight_files
 from finetune.preflight import safetensors_header
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from torch import Tensor
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-INDEX = "model.safetensors.index.json"
 
 
 class MergeError(Refusal):
@@ -61,7 +55,9 @@ def save_adapter(model: PeftModel, source: Source, output: Path) -> None:
     model.save_pretrained(partial, save_embedding_layers=False)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end
     config = json.loads((partial / "adapter_config.json").read_text())
-    config.update(base_model_name_or_path=source.name, revision=source.commit, inference_mode=True)
+    # of a folder only its own name: the adapter's bytes must not depend on where the base stood
+    name = source.name if source.commit else Path(source.name).absolute().name
+    config.update(base_model_name_or_path=name, revision=source.commit, inference_mode=True)
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])  # a set in PEFT: another order each time
     files.write_json(partial / "adapter_config.json", config)
@@ -170,21 +166,7 @@ class Base:
                 f"MODEL_NAME={folder}: is a quantised model ({config['quantization_config'].get('quant_method')}), to which a "
                 "16-bit merge cannot add; name its 16-bit original, or set SAVE_MERGED=0"
             )
-        for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
-            if (folder / index).is_file():
-                names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-            elif (folder / single).is_file():
-                names = [single]
-            else:
-                continue
-            if missing := [name for name in names if not (folder / name).is_file()]:
-                raise SettingsError(
-                    f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again"
-                )
-            self.shards = [Shard(folder / name) for name in names]
-            break
-        else:
-            raise SettingsError(f"MODEL_NAME={folder}: has no model.safetensors and no index of one")
+        self.shards = [Shard(folder / name) for name in weight_files(folder)]
         self.folder = folder
         self.shapes = {name: shape for shard in self.shards for name, shape in shard.shapes.items()}
         self.size = sum(shard.path.stat().st_size for shard in self.shards)

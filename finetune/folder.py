@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from finetune.settings import Settings
 PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", "metrics.jsonl", "curves.png", "report.html", "samples.md", "README.md")  # fmt: skip
 
 
-def begin(settings: Settings, output: Path, decides: dict[str, Any]) -> bool:
+def begin(settings: Settings, output: Path, decides: Mapping[str, Any]) -> bool:
     """Make `output` ready for a run; True where this very run is complete there already.
 
-    decides: what decides the weights beside the settings (engine, model, data). Raises SettingsError with the differences
+    decides: what decides the weights beside the settings: engine, and all that went in. Raises SettingsError with the differences
     where `output` holds another run, unless OVERWRITE is set.
     """
     identity = {**settings.deciding(), **decides, **{f"version of {k}": v for k, v in versions().items()}}

@@ -6,11 +6,14 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune import files
 from finetune.errors import HubError, PreflightError, SettingsError
 from finetune.folder import verify
 from finetune.settings import Settings
@@ -19,6 +22,11 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 IGNORED = ["*/*", "consolidated*"]  # other forms of the same weights
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +36,34 @@ class Source:
     name: str
     commit: str | None
     folder: Path
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """sha256 of each file that decides what is trained on and merged into, under its name.
+
+        It tells one model from another wherever its folder stands. The Hub's cache names a large file by its sha256, so such
+        a one is not read; a folder's files are, which warms them for loading.
+        """
+        names = [*weight_files(self.folder), "config.json", "generation_config.json", *TOKENIZER_FILES]
+        there = [name for name in names if (self.folder / name).is_file()]
+        blobs = {name: (self.folder / name).resolve().name for name in there if self.commit}
+        known = {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
+        return {**known, **files.digests(self.folder, [name for name in there if name not in known])}
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one."""
+    for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
+        if (folder / index).is_file():
+            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+        elif (folder / single).is_file():
+            names = [single]
+        else:
+            continue
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise SettingsError(f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again")
+        return names
+    raise SettingsError(f"MODEL_NAME={folder}: has no model.safetensors and no index of one")
 
 
 def token(settings: Settings) -> str | bool:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from conftest import QUICK, call, logits, train
+from conftest import QUICK, call, logits, schema_errors, train
 from finetune import data, files
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -95,6 +95,25 @@ def test_the_record(done: dict[str, Any]) -> None:
         and config["lora_alpha"] == 16
         and config["target_modules"] == sorted(config["target_modules"])
     )
+
+
+def test_the_record_keeps_to_its_schema(done: dict[str, Any]) -> None:
+    record = done["record"]
+    assert not schema_errors(record)
+    for section in record:
+        assert schema_errors({k: v for k, v in record.items() if k != section}), section
+        if isinstance(record[section], dict) and section not in ("settings", "timings", "files"):
+            for key in record[section].keys() - {"gb", "seconds", "program", "gpu_capability"}:
+                less = {k: v for k, v in record[section].items() if k != key}
+                assert schema_errors({**record, section: less}), (section, key)
+    name = next(iter(record["files"]))
+    for section, change in (
+        ("files", {name: {"sha256": "0" * 63, "bytes": 1}}), ("files", {"../run.json": record["files"][name]}),
+        ("settings", {"HF_TOKEN": "hf_SecretValue"}), ("settings", {"MAX_STEPS": {}}), ("model", {"commit": "main"}),
+        ("model", {"stray": 1}), ("training", {"losses": ["1.0"]}), ("environment", {"lock_sha256": "latest"}),
+    ):  # fmt: skip
+        assert schema_errors({**record, section: {**record[section], **change}}), (section, change)
+    assert not schema_errors({**record, "plan": {}, "training": {**record["training"], "more": 1}})
 
 
 def test_pictures_and_report(done: dict[str, Any]) -> None:
