@@ -100,6 +100,34 @@ def test_a_pinned_revision_is_what_is_loaded(hub: HubServer, tmp_path: Path, lla
     assert json.loads((tmp_path / "out" / "run.json").read_text())["model"]["commit"] == first
 
 
+def test_a_pushed_run_is_reproduced_at_its_commits_from_its_record_and_not_pushed_again(
+    hub: HubServer, tmp_path: Path, llama: Path
+) -> None:
+    """Both names have moved on since; in the end there is neither Hub nor dataset commit but in the cache."""
+    push = dict(HF_TOKEN="hf_write", PUSH_TO_HUB=1, HUB_MODEL_ID="tester/out")
+    answer = call(hub, tmp_path, "train", **push)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert not conftest.schema_errors(record)
+    whole = {k: v.hex() for k, v in hub.files("model", "tester/out").items()}
+    hub.add("model", "org/tiny", llama)
+    later = hub.add("dataset", "org/rows", {"zh.jsonl": (SAMPLES / "en.jsonl").read_bytes()})
+    before = len(hub.seen("POST "))
+    reach = dict(HF_HUB_OFFLINE=0, HF_ENDPOINT=hub.url, NO_PROXY="*", no_proxy="*")
+    command = ["reproduce", str(tmp_path / "out" / "run.json")]
+    again = conftest.call(*command, **push, **reach, HF_HOME=tmp_path / "new")
+    assert again.returncode == 0 and "REPRODUCED" in again.stdout, again.stdout + again.stderr
+    assert not [entry for entry in hub.seen("POST ")[before:] if "commit" in entry.path or "create" in entry.path]
+    assert {k: v.hex() for k, v in hub.files("model", "tester/out").items()} == whole
+
+    offline = conftest.call(*command, HF_HOME=tmp_path / "new", OUTPUT_DIR=tmp_path / "third")
+    assert offline.returncode == 0 and "complete already" in offline.stdout, offline.stdout + offline.stderr
+    other = call(
+        hub, tmp_path, "train", HF_HUB_OFFLINE=1, DATASET_REVISION=later, MODEL_REVISION=record["model"]["commit"]
+    )
+    assert other.returncode == 4 and f"DATASET_REVISION={later}: is not in the cache" in other.stderr, other.stderr
+
+
 @pytest.mark.parametrize(
     ("values", "code", "words"),
     [
