@@ -56,9 +56,8 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     if not settings.save_adapter:
         shutil.rmtree(output / "adapter")
     clock.mark("export_s")
-    record = report.record(
-        settings, choice, source, rows, tokens, fit, merged, (before, after), visible, environ, clock
-    )
+    answers, machine = (before, after), report.environment(visible[0] if visible else None, environ)
+    record = report.record(settings, choice, source, rows, tokens, fit, merged, answers, machine, clock)
     report.write(output, record, fit.metrics)
     print(report.summary(output, record), flush=True)
     hub.publish(settings)

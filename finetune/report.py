@@ -53,9 +53,12 @@ class Clock:
 
 def record(
     settings: Settings, choice: Choice, source: Source, rows: Rows, tokens: Tokens, fit: Fit, merged: Merged | None,
-    answers: tuple[str, str], visible: list[Gpu], environ: Mapping[str, str], clock: Clock,
+    answers: tuple[str, str], machine: dict[str, Any], clock: Clock,
 ) -> dict[str, Any]:  # fmt: skip
-    """The content of run.json but for `files`: all that decided the result, and what came of it."""
+    """The content of run.json but for `files`: all that decided the result, and what came of it.
+
+    machine: as `environment` gives it.
+    """
     timings = {
         **clock.seconds,
         "first_step_s": round(fit.first_step_s, 2),
@@ -74,7 +77,7 @@ def record(
         ),
         verification=merged.record() if merged else None,
         samples=dict(question=settings.sample_question, before=answers[0], after=answers[1]),
-        environment=environment(visible[0] if visible else None, environ),
+        environment=machine,
         timings=timings,
     )
 
