@@ -46,7 +46,7 @@ ask: main ## ask the trained model in OUTPUT_DIR: make ask Q="What does a raised
 reproduce: main ## train again as a record says, and compare the bytes: make reproduce RUN=outputs/run.json
 	@$(PYTHON_RUN) entrypoint.py reproduce "$$RUN" $(TYPED)
 
-verify: main ## every file in OUTPUT_DIR against its run.json
+verify: main ## every file in OUTPUT_DIR against its run.json, and the merged weights against base + adapter
 	@$(PYTHON_RUN) entrypoint.py verify
 
 test: dev ## unit and end-to-end tests (ARGS goes to pytest: make test ARGS="-k merge")

@@ -12,7 +12,7 @@ USAGE = """usage: entrypoint.py [VERB] [NAME=value ...]
   check               settings, GPU, driver, memory, disk; downloads nothing
   ask QUESTION        answer with the trained model in OUTPUT_DIR
   push                publish what an earlier run left in OUTPUT_DIR; needs no GPU
-  verify [FOLDER]     check every file in FOLDER, else OUTPUT_DIR: against its run.json; needs no GPU
+  verify [FOLDER]     check every file in FOLDER, else OUTPUT_DIR: its hash, and that merged is base + adapter; needs no GPU
   reproduce RUN_JSON  train as that record says, in a folder of its own, and compare the bytes
   env                 all settings, with their defaults
   anything else       is run as a command: docker run IMAGE bash

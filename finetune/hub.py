@@ -141,6 +141,20 @@ def fetch_model(settings: Settings) -> Source:
     return Source(name, found.name, found)
 
 
+def cached(name: str, commit: str | None) -> Source | None:
+    """A model that is on this machine already: a folder, or a commit in the Hub's cache. No network; None: it is not."""
+    if Path(name).expanduser().is_dir():
+        return Source(name, None, Path(name).expanduser())
+    if commit is None:
+        return None
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Source(name, commit, Path(snapshot_download(name, revision=commit, local_files_only=True, token=False)))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+
+
 @contextlib.contextmanager
 def explained(variable: str, settings: Settings) -> Iterator[None]:
     """Turn the client's exceptions into sentences that name the variable and the way out."""

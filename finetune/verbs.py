@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import answer, console, folder, hub, preflight, recipe, reproduce
+from finetune import answer, console, hub, preflight, recipe, reproduce, verify
 from finetune.settings import Settings
 
 
@@ -24,5 +24,5 @@ def call(verb: str, settings: Settings, environ: Mapping[str, str], word: str | 
     elif verb == "reproduce":
         reproduce.run(Path(word or ""), settings, environ)
     elif verb == "verify":
-        record = folder.verify(Path(settings.output_dir))
-        print(f"{settings.output_dir}: all {len(record['files'])} files are as the run wrote them")
+        for line in verify.run(settings):
+            print(line, flush=True)
