@@ -20,7 +20,7 @@ smoke test: export OMP_WAIT_POLICY ?= passive
 SCRIPTS = .ci/run $(wildcard scripts/*.sh docker/*.sh benchmarks/*.sh)
 PYTHON_FILES = entrypoint.py finetune $(wildcard scripts/*.py docker/*.py)
 
-.PHONY: help train push-hub check smoke ask reproduce verify test lint env-example lock image image-reproducible test-image clean clean-all main dev
+.PHONY: help train push-hub check smoke ask reproduce verify lock-inputs test lint env-example lock image image-reproducible test-image clean clean-all main dev
 
 help: ## this list
 	@printf 'usage: make TARGET [NAME=value ...]      for example: make train MAX_STEPS=60\n\n'
@@ -48,6 +48,9 @@ reproduce: main ## train again as a record says, and compare the bytes: make rep
 
 verify: main ## every file in OUTPUT_DIR against its run.json, and the merged weights against base + adapter
 	@$(PYTHON_RUN) entrypoint.py verify
+
+lock-inputs: main ## write the commits that MODEL_REVISION and DATASET_REVISION name now into .env
+	@$(PYTHON_RUN) entrypoint.py lock-inputs
 
 test: dev ## unit and end-to-end tests (ARGS goes to pytest: make test ARGS="-k merge")
 	@$(PYTHON_RUN) -m pytest tests/unit tests/e2e $(ARGS)

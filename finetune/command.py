@@ -14,6 +14,7 @@ USAGE = """usage: entrypoint.py [VERB] [NAME=value ...]
   push                publish what an earlier run left in OUTPUT_DIR; needs no GPU
   verify [FOLDER]     check every file in FOLDER, else OUTPUT_DIR: its hash, and that merged is base + adapter; needs no GPU
   reproduce RUN_JSON  train as that record says, in a folder of its own, and compare the bytes
+  lock-inputs         write the commits that MODEL_REVISION and DATASET_REVISION name now into .env
   env                 all settings, with their defaults
   anything else       is run as a command: docker run IMAGE bash
 
@@ -22,7 +23,7 @@ them from the record and from NAME=value here alone.
 Exit codes: 0 done, 2 settings, 3 this machine, 4 the Hub, 1 a bug or not reproduced, 143 stopped by SIGTERM with a
 checkpoint on disk."""
 
-VERBS = ("train", "check", "ask", "push", "verify", "reproduce", "env")
+VERBS = ("train", "check", "ask", "push", "verify", "reproduce", "lock-inputs", "env")
 # what the verbs that need a word need, with an example
 NEEDED = {
     "ask": "the question, for example: ask 'What does a raised troponin mean?'",

@@ -66,6 +66,11 @@ class Rows:
         )
 
 
+def on_hub(name: str) -> bool:
+    """Whether DATASET_NAME is looked for on the Hub: it is neither the bundled rows nor a file."""
+    return name != "samples" and not name.lower().endswith(SUFFIXES) and not name.startswith((".", "/", "~"))
+
+
 def load(settings: Settings) -> Rows:
     """Read and check the rows that DATASET_NAME and DATASET_SPLIT name.
 
@@ -79,7 +84,7 @@ def load(settings: Settings) -> Rows:
             (f"samples/{language}.jsonl", row) for language in languages for row in _jsonl(folder / f"{language}.jsonl")
         ]
         commit, found = None, _slice(settings, [(f"{file} {where}", row) for file, (where, row) in source])
-    elif name.lower().endswith(SUFFIXES) or name.startswith((".", "/", "~")):
+    elif not on_hub(name):
         commit, found = (
             None,
             _slice(settings, [(f"{name} {where}", row) for where, row in _file(Path(name).expanduser())]),

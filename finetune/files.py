@@ -17,10 +17,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`, for bytes."""
+def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
+    """As `write_text`, for bytes. mode: of the file, from before the first byte is in it."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as stream:
+        if mode is not None:
+            os.fchmod(stream.fileno(), mode)
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

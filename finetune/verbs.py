@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import answer, console, hub, preflight, recipe, reproduce, verify
+from finetune import answer, console, hub, pins, preflight, recipe, reproduce, verify
 from finetune.settings import Settings
 
 
@@ -23,6 +23,9 @@ def call(verb: str, settings: Settings, environ: Mapping[str, str], word: str | 
         hub.publish(settings)
     elif verb == "reproduce":
         reproduce.run(Path(word or ""), settings, environ)
+    elif verb == "lock-inputs":
+        for line in pins.lock(settings, environ, Path(".env")):
+            print(line, flush=True)
     elif verb == "verify":
         for line in verify.run(settings):
             print(line, flush=True)
