@@ -78,7 +78,10 @@ def fit(
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with _signals(trainer):
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if resume is not None and _is_last(resume):  # killed while merging: transformers would make one update more
+            trainer._load_from_checkpoint(str(resume))
+        else:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.progress.close()
     seconds = time.perf_counter() - began
     if trainer.stop is not None:
@@ -91,6 +94,12 @@ def fit(
         train_s=seconds,
         peak_gib=peak_gib(),
     )
+
+
+def _is_last(checkpoint: Path) -> bool:
+    """Whether all updates of the run are in the checkpoint."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def peak_gib() -> float:
