@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +165,34 @@ def test_asking_the_trained_model(done: dict[str, Any]) -> None:
 
 
 def test_two_processes_give_the_same_bytes_whether_asked_or_not(llama: Path, tmp_path: Path) -> None:
-    """The answer before training must leave no trace: bitsandbytes repacks CPU weights in evaluation mode."""
-    one = train(llama, tmp_path / "one", MAX_NEW_TOKENS=5)
-    two = train(llama, tmp_path / "two")
+    """The answer before training must leave no trace: bitsandbytes repacks CPU weights in evaluation mode.
+
+    Nor may the place of the base, the number of tokenizing processes (with rows enough for them to be started), the order of
+    a set, or the day.
+    """
+    lines = (Path(data.__file__).parent / "samples" / "en.jsonl").read_text() * 20
+    (tmp_path / "rows.jsonl").write_text(lines)
+    moved = Path(shutil.copytree(llama, tmp_path / "elsewhere" / llama.name))
+    rows = dict(DATASET_NAME=tmp_path / "rows.jsonl", DATASET_CONFIG="", MAX_SEQ_LENGTH=192)
+    one = train(llama, tmp_path / "one", **rows, MAX_NEW_TOKENS=5, DATASET_NUM_PROC=1, PYTHONHASHSEED=1)
+    two = train(moved, tmp_path / "two", **rows, DATASET_NUM_PROC=4, PYTHONHASHSEED=2)
+    assert (
+        one["dataset"]["trained"] > 250
+        and one["dataset"] == two["dataset"]
+        and one["model"]["files"] == two["model"]["files"]
+    )
     assert one["training"]["losses"] == two["training"]["losses"]
-    for name, entry in two["files"].items():
-        if name.startswith(("adapter/", "merged/")) and not name.endswith("README.md"):
-            assert one["files"][name] == entry, name
+    compared = [
+        name for name in two["files"] if name.startswith(("adapter/", "merged/")) and not name.endswith("README.md")
+    ]
+    assert len([name for name in compared if name.endswith(".safetensors")]) == 4
+    for name in compared:
+        assert one["files"][name] == two["files"][name], name
+    text = (tmp_path / "one" / "adapter" / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert text == json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    assert config["base_model_name_or_path"] == llama.name
+    assert "/" not in text and not re.search(r"20\d\d-\d\d|\d{10}", text), text
 
 
 def test_gpt2_stores_its_weights_the_other_way_round(gpt2: Path, tmp_path: Path) -> None:
