@@ -44,7 +44,7 @@ ask: main ## ask the trained model in OUTPUT_DIR: make ask Q="What does a raised
 	@$(PYTHON_RUN) entrypoint.py ask "$$Q"
 
 reproduce: main ## train again as a record says, and compare the bytes: make reproduce RUN=outputs/run.json
-	@$(PYTHON_RUN) entrypoint.py reproduce "$$RUN" $(TYPED)
+	@$(PYTHON_RUN) entrypoint.py reproduce "$${RUN:-}" $(TYPED)
 
 verify: main ## every file in OUTPUT_DIR against its run.json, and the merged weights against base + adapter
 	@$(PYTHON_RUN) entrypoint.py verify
