@@ -121,10 +121,10 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[tuple[str, Row]]]:
 
     name, config, token = settings.dataset_name, settings.dataset_config, hub.token(settings)
     split = str(re.fullmatch(SPLIT, settings.dataset_split)["name"])  # type: ignore[index]  # checked by settings
-    commit = settings.dataset_revision
+    commit: str | None = settings.dataset_revision
     with hub.explained("DATASET_NAME", settings):
         if not constants.is_offline_mode():
-            commit = HfApi(token=token).dataset_info(name, revision=settings.dataset_revision).sha or commit
+            commit = HfApi(token=token).dataset_info(name, revision=settings.dataset_revision).sha
         try:
             found = load_dataset(name, config, split=split, revision=commit, token=token)
         except ValueError as error:
@@ -134,17 +134,28 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[tuple[str, Row]]]:
                 splits = ", ".join(get_dataset_split_names(name, config, revision=commit, token=token))
                 raise SettingsError(f"DATASET_SPLIT={settings.dataset_split}: {name} has {splits}, for example DATASET_SPLIT={splits.split(',')[0]}") from None  # fmt: skip
             raise SettingsError(f"DATASET_NAME={name}: cannot be read as a data set ({_line(error)})") from None
-    # offline, datasets takes the newest that it has, whatever revision is asked for; the folder tells which one it took
-    loaded = next((Path(file["filename"]).parent.name for file in found.cache_files), "")
-    if re.fullmatch(COMMIT, commit) and re.fullmatch(COMMIT, loaded) and loaded != commit:
-        raise HubError(
-            f"DATASET_REVISION={commit}: is not in the cache, which has {loaded} of {name}, and HF_HUB_OFFLINE is set; load it "
-            "once with the network"
-        )
+    if constants.is_offline_mode():
+        commit = _taken_offline(found, settings.dataset_revision, name)
     rows = found.select(_range(settings, len(found)))
-    return next((text for text in (loaded, commit) if re.fullmatch(COMMIT, text)), None), [
+    return commit, [
         (f"{name} {split} row {index + 1}", row) for index, row in zip(_range(settings, len(found)), rows, strict=True)
     ]
+
+
+def _taken_offline(found: Dataset, asked: str, name: str) -> str | None:
+    """The commit that was loaded without the Hub; None: unknown. Raises HubError where it is not the one asked for.
+
+    Offline, datasets takes the newest that it has, whatever revision is asked for; its folder tells which one that was.
+    """
+    taken = next((Path(file["filename"]).parent.name for file in found.cache_files), "")
+    if not re.fullmatch(COMMIT, taken):
+        return asked if re.fullmatch(COMMIT, asked) else None
+    if re.fullmatch(COMMIT, asked) and taken != asked:
+        raise HubError(
+            f"DATASET_REVISION={asked}: is not in the cache, which has {taken} of {name}, and HF_HUB_OFFLINE is set; load it once "
+            "with the network"
+        )
+    return taken
 
 
 def _file(path: Path) -> Iterator[tuple[str, Row]]:

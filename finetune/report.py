@@ -254,6 +254,10 @@ def card(record: dict[str, Any], kind: str) -> str:
     what = "LoRA adapter" if kind == "adapter" else "Merged 16-bit weights (base + adapter)"
     load = (
         "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER_OR_REPOSITORY)"
+        if kind == "adapter" and _on_hub(record["model"])
+        # adapter_config.json does not say where a local base stands
+        else "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE_FOLDER), FOLDER_OR_REPOSITORY)"
         if kind == "adapter"
         else "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER_OR_REPOSITORY)"
     )

@@ -158,7 +158,7 @@ def judge(path: Path, recorded: Mapping[str, Any], made: Mapping[str, Any], tole
     lines += [f"{name}: recorded {old.get(name, 'none')[:16]}, here {new.get(name, 'none')[:16]}" for name in differ]
     apart, largest = losses(recorded["training"]["losses"], made["training"]["losses"])
     lines += apart
-    others = [name for name, *_ in differences(recorded, made) if name.startswith("setting ")]
+    others = [name for name, *_ in differences(recorded, made) if name == "engine" or name.startswith("setting ")]
     if tolerance is not None and not others and largest is not None and largest <= tolerance:
         lines.append(
             f"WITHIN TOLERANCE={tolerance:g}: the bytes differ, the losses differ by {largest:.2g} at most: {path}"
@@ -167,7 +167,7 @@ def judge(path: Path, recorded: Mapping[str, Any], made: Mapping[str, Any], tole
     print("differences (recorded, here):", *lines, sep="\n", flush=True)
     if tolerance is not None and others:
         raise NotReproduced(
-            f"{path}: not reproduced; TOLERANCE is for other hardware, and here settings differ (above)"
+            f"{path}: not reproduced; TOLERANCE is for other hardware, and here settings or the engine differ (above)"
         )
     raise NotReproduced(f"{path}: not reproduced; what differs stands above")
 

@@ -167,6 +167,10 @@ def test_a_pushed_run_is_reproduced_at_its_commits_from_its_record_and_not_pushe
 
     offline = conftest.call(*command, HF_HOME=tmp_path / "new", OUTPUT_DIR=tmp_path / "third")
     assert offline.returncode == 0 and "complete already" in offline.stdout, offline.stdout + offline.stderr
+    plain = call(hub, tmp_path, "train", HF_HUB_OFFLINE=1, OUTPUT_DIR=tmp_path / "plain", SAVE_MERGED=0)
+    assert plain.returncode == 0, plain.stdout + plain.stderr
+    taken = json.loads((tmp_path / "plain" / "run.json").read_text())["dataset"]["commit"]
+    assert taken == record["dataset"]["commit"]  # and not the word main
     other = call(
         hub, tmp_path, "train", HF_HUB_OFFLINE=1, DATASET_REVISION=later, MODEL_REVISION=record["model"]["commit"]
     )
