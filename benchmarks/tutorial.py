@@ -2,7 +2,7 @@
 
   python3 benchmarks/tutorial.py unsloth          the tutorial's own script: unsloth, 2 x 4, checkpointing "unsloth"
   python3 benchmarks/tutorial.py transformers     the same recipe in plain transformers + peft + trl + bitsandbytes
-  options: --micro-batch 8 --accumulation 1 --no-checkpointing --steps 20
+  options: --micro-batch 8 --accumulation 1 --no-checkpointing --steps 20 --merge FOLDER
 
 Times skip the first 8 steps; tokens are real tokens (no padding counted).
 """
@@ -20,6 +20,7 @@ parser.add_argument("--micro-batch", type=int, default=2)
 parser.add_argument("--accumulation", type=int, default=4)
 parser.add_argument("--no-checkpointing", action="store_true")
 parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--merge", help="folder: save the merged 16-bit weights there too, as the tutorial does")
 args = parser.parse_args()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -125,6 +126,11 @@ lengths = [len(x) for x in trainer.train_dataset["input_ids"]]
 torch.cuda.reset_peak_memory_stats()
 began = time.time()
 trainer.train()
+peak = torch.cuda.max_memory_allocated()
+trained = time.time()
+if args.merge:
+    model.save_pretrained_merged(args.merge, tokenizer, save_method="merged_16bit")
+saved = time.time()
 steps = [b - a for a, b in itertools.pairwise(ends[7:])]
 step = sum(steps) / len(steps)
 tokens = sum(lengths) / len(lengths) * args.micro_batch * args.accumulation
@@ -142,8 +148,11 @@ print(
             step_s=round(step, 3),
             median_step_s=round(sorted(steps)[len(steps) // 2], 3),
             tokens_per_s=round(tokens / step),
-            peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            losses=losses[:3] + losses[-1:],
+            train_s=round(trained - began, 1),
+            merge_s=round(saved - trained, 1),
+            total_s=round(saved - start, 1),
+            peak_gib=round(peak / 2**30, 2),
+            losses=losses,
         )
     ),
     flush=True,

@@ -50,6 +50,13 @@ class Source:
         known = {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
         return {**known, **files.digests(self.folder, [name for name in there if name not in known])}
 
+    def config(self) -> dict[str, Any]:
+        """The model's config.json; {} where there is none."""
+        try:
+            return dict(json.loads((self.folder / "config.json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
 
 def weight_files(folder: Path) -> list[str]:
     """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one."""

@@ -13,6 +13,7 @@ from finetune.settings import Settings, declarations
 ALWAYS = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "WANDB_SILENT": "true",
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizing processes are forked

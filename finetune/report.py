@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import importlib.metadata
 import io
@@ -67,7 +68,7 @@ def record(
     return dict(
         schema_version=SCHEMA_VERSION,
         settings=settings.record(),
-        engine=dict(name=choice.name, reason=choice.reason),
+        engine=dataclasses.asdict(choice),
         model=dict(name=source.name, commit=source.commit, files=source.digests),
         dataset={**rows.record(), **tokens.record()},
         training=fit.record(),

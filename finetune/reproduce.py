@@ -158,7 +158,7 @@ def judge(path: Path, recorded: Mapping[str, Any], made: Mapping[str, Any], tole
     lines += [f"{name}: recorded {old.get(name, 'none')[:16]}, here {new.get(name, 'none')[:16]}" for name in differ]
     apart, largest = losses(recorded["training"]["losses"], made["training"]["losses"])
     lines += apart
-    others = [name for name, *_ in differences(recorded, made) if name == "engine" or name.startswith("setting ")]
+    others = [name for name, *_ in differences(recorded, made) if name.startswith(("setting ", "engine name"))]
     if tolerance is not None and not others and largest is not None and largest <= tolerance:
         lines.append(
             f"WITHIN TOLERANCE={tolerance:g}: the bytes differ, the losses differ by {largest:.2g} at most: {path}"
@@ -203,7 +203,7 @@ def _pairs(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any,
 def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """All that may decide the weights, each under its name, the likeliest reasons first."""
     free = {d.name for d in declarations() if d.free}
-    yield "engine", record["engine"]["name"]
+    yield from ((f"engine {key}", value) for key, value in record["engine"].items() if key != "reason")
     for name, value in record["settings"].items():
         if name not in free | PLACES:
             yield f"setting {name}", value

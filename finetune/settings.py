@@ -90,11 +90,12 @@ class Settings:
     lora_bias: Literal["none", "all", "lora_only"] = setting("none", "Which biases are trained.")
     target_modules: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "Linear layers that get an adapter; all-linear takes every one but the head.")  # fmt: skip
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead.")
-    gradient_checkpointing: Literal["unsloth", "true", "false"] = setting("unsloth", "Recompute activations to save memory (unsloth: with that engine's offloading).")  # fmt: skip
+    gradient_checkpointing: Literal["unsloth", "true", "false"] = setting("unsloth", "Recompute activations to save memory (unsloth: with that engine's offloading). On a GPU, what is left unset is planned for the memory that is there.")  # fmt: skip
 
     # Training
-    per_device_train_batch_size: int = setting(2, "Rows in one forward pass.", low=1)
+    per_device_train_batch_size: int = setting(2, "Rows in one forward pass. On a GPU, where neither this nor the next is set, their product is kept and the fewest passes that fit are planned.", low=1)  # fmt: skip
     gradient_accumulation_steps: int = setting(4, "Forward passes in one update.", low=1)
+    max_memory: float | None = setting(None, "GiB of GPU memory to plan with and to keep within; unset: all that is free.", low=1, example="12")  # fmt: skip
     warmup_steps: int = setting(5, "Updates until the learning rate is reached.", low=0)
     max_steps: int = setting(60, "Updates to make; -1: NUM_TRAIN_EPOCHS decides. Wins over it where both are set.", low=1, also=(-1,), unless=("num_train_epochs", -1))  # fmt: skip
     num_train_epochs: float | None = setting(None, "Passes over the rows; set it, and not MAX_STEPS, for a full run.", low=0.001, high=1000, example="1")  # fmt: skip
@@ -107,7 +108,9 @@ class Settings:
     logging_steps: int = setting(10, "Updates between two lines of progress.", low=1, free=True)
     save_steps: int = setting(20, "Updates between two checkpoints; 0: only the last.", low=0, free=True)
     save_total_limit: int = setting(2, "Checkpoints kept.", low=1, free=True)
-    engine: Literal["auto", "unsloth", "transformers"] = setting("auto", "auto: unsloth on a CUDA GPU, transformers elsewhere.")  # fmt: skip
+    engine: Literal["auto", "unsloth", "transformers"] = setting("auto", "auto: the one that was measured faster; on a CPU always transformers.")  # fmt: skip
+    torch_compile: bool = setting(True, "Compile the decoder layers where the transformers engine can (a GPU of capability 8.0, bfloat16; Llama, Qwen2, Qwen3).")  # fmt: skip
+    full_determinism: bool | None = setting(None, "Same settings, data and kind of GPU give the same bytes; unset: where it is cheap (CPU, compiled path).")  # fmt: skip
     report_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Tracker; wandb writes offline where WANDB_API_KEY is unset.", free=True)  # fmt: skip
 
     # Before and after
@@ -351,6 +354,8 @@ def _cross_checks(s: Settings) -> Iterator[str]:
     """Sentences on values that do not go together, before anything is downloaded."""
     if s.max_steps == -1 and s.num_train_epochs is None:
         yield "MAX_STEPS=-1: needs the passes over the rows, for example NUM_TRAIN_EPOCHS=1"
+    if s.engine == "unsloth" and s.full_determinism:
+        yield "FULL_DETERMINISM=1 with ENGINE=unsloth: its kernels add up in changing order; use ENGINE=transformers, or FULL_DETERMINISM=0"
     if s.push_to_hub:
         if s.hub_model_id is None:
             yield "PUSH_TO_HUB=1: needs the repository's name, for example HUB_MODEL_ID=you/DeepSeek-R1-Medical-COT"

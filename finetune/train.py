@@ -1,4 +1,4 @@
-"""The training loop: trl's trainer, with our progress lines, per-step metrics, atomic checkpoints and signals."""
+"""Training: the trainer's arguments, the plan for the memory that is there, and what came of it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import contextlib
 import dataclasses
 import json
 import math
-import resource
-import shutil
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import console, files
-from finetune.errors import Refusal
+from finetune import checkpoints, console, plan
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,6 +20,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.data import Tokens
+    from finetune.engines import Choice, Engine
+    from finetune.trainer import OurTrainer
+
+PLANNED_UPDATES = 2000  # whose lengths are looked at; a longer run has its way out when memory runs out after all
+OPTIMIZER_BYTES = {
+    "adamw_8bit": 2,
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "paged_adamw_8bit": 2,
+    "paged_adamw_32bit": 8,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Fit:
     first_step_s: float
     train_s: float
     peak_gib: float
+    plan: plan.Plan
 
     def record(self) -> dict[str, Any]:
         """The part of run.json on training. The median leaves out the first steps, which compile and warm up."""
@@ -47,38 +56,53 @@ class Fit:
             tokens=int(sum(row["tokens"] for row in self.metrics)),
             tokens_per_s=round(sum(row["tokens"] for row in self.metrics) / seconds, 1),
             resumed_from=self.resumed_from,
+            plan=self.plan.record(),
         )
 
 
 def fit(
-    model: PeftModel, tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings, checkpoints: Path
-) -> Fit:
-    """Train the adapter of `model` in place, from the newest whole checkpoint if there is one.
+    model: PeftModel, tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings, choice: Choice,
+    engine: Engine, folder: Path,
+) -> Fit:  # fmt: skip
+    """Train the adapter of `model` in place, from the newest whole checkpoint in `folder` if there is one.
 
-    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Refusal where the loss is no longer a number.
+    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Refusal where the loss is no longer a number or a
+    single row does not fit the memory.
     """
     import torch
 
-    trainer_type = _trainer_type()
+    from finetune.trainer import OurTrainer, peak_gib
+
     initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer = trainer_type(
-        model=model, args=_arguments(settings, checkpoints), train_dataset=tokens.dataset, processing_class=tokenizer
+    trainer = OurTrainer(
+        model=model, args=_arguments(settings, folder), train_dataset=tokens.dataset, processing_class=tokenizer
     )
-    trainer.start(checkpoints, settings.save_total_limit)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name in initial:
                 p.data = initial[name]  # trl turns a 4-bit model's adapter to bfloat16, where updates of 2e-4 are lost
-    resume = newest_checkpoint(checkpoints)
-    if resume is not None:
-        print(f"going on from {resume}", flush=True)
-        trainer.metrics = json.loads((resume / "metrics.json").read_text())
-    trainer.progress = console.Progress(updates(settings, tokens), settings.logging_steps, len(trainer.metrics))
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    with _signals(trainer):
-        if resume is not None and _is_last(resume):  # killed while merging: transformers would make one update more
+    resume = checkpoints.newest(folder)
+    with (
+        _signals(trainer),
+        _deterministic(choice.deterministic),
+        engine.path(model, choice, settings.rows_per_update, tokens.longest) as packed,
+    ):
+        trainer.begin(folder, settings.save_total_limit, packed)
+        if resume is not None:
+            print(f"going on from {resume}", flush=True)
+            trainer.metrics = json.loads((resume / "metrics.json").read_text())
+            trainer.plan = plan.Plan(**json.loads((resume / "plan.json").read_text()))
+        else:
+            trainer.plan = _plan(trainer, model, settings, tokens, engine)
+        engine.recompute(model, trainer.args, trainer.plan.recomputed)
+        print(f"plan: {trainer.plan.describe()}", flush=True)
+        trainer.progress = console.Progress(updates(settings, tokens), settings.logging_steps, len(trainer.metrics))
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        began = trainer.clock = time.perf_counter()
+        if resume is not None and checkpoints.is_last(
+            resume
+        ):  # killed while merging: transformers would make one update more
             trainer._load_from_checkpoint(str(resume))
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -93,22 +117,75 @@ def fit(
         first_step_s=trainer.first_step_s,
         train_s=seconds,
         peak_gib=peak_gib(),
+        plan=trainer.plan,
     )
 
 
-def _is_last(checkpoint: Path) -> bool:
-    """Whether all updates of the run are in the checkpoint."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return bool(state["global_step"] >= state["max_steps"])
-
-
-def peak_gib() -> float:
-    """Peak memory so far in GiB: of the GPU where there is one, else of this process."""
+def _plan(trainer: OurTrainer, model: PeftModel, settings: Settings, tokens: Tokens, engine: Engine) -> plan.Plan:
+    """What the user set, and on a GPU the rest as it fits the memory."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    layers = engine.layers(model)
+    recomputed = layers if settings.gradient_checkpointing != "false" else 0
+    as_set = plan.Plan(
+        micro_batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps,
+        recomputed=recomputed, layers=layers, reason="as set",
+    )  # fmt: skip
+    if not torch.cuda.is_available():
+        return as_set
+    from finetune import probe
+
+    free, total = torch.cuda.mem_get_info()
+    limit = float(free + torch.cuda.memory_reserved())
+    if settings.max_memory:
+        limit = min(limit, settings.max_memory * plan.GIB)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    stream = [
+        token for row in trainer.train_dataset.select(range(min(64, len(tokens.dataset))))["input_ids"] for token in row
+    ]
+    most = min(1024, tokens.longest * settings.rows_per_update, len(stream))
+
+    def run(count: int, recompute: int) -> Any:
+        engine.recompute(model, trainer.args, recompute)
+        parts = plan.pieces(stream[:count], -(-count // -(-count // tokens.longest)))
+        return trainer.loss_of(
+            model, [dict(input_ids=list(part), labels=list(part)) for part in parts], torch.tensor(count, device="cuda")
+        )
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width = model.config.get_text_config().hidden_size * 2 * engine.KEEPS_INPUTS
+    with torch.random.fork_rng():
+        cost = probe.measure(
+            model,
+            layers,
+            width,
+            trained * OPTIMIZER_BYTES.get(settings.optim, 4),
+            (most // 2, most),
+            run,
+            partial=engine.PARTIAL,
+        )
+    trainer.forget(model)
+    sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    return plan.choose(
+        settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, limit * plan.MARGIN,
+        padded=trainer.pads, micro_batch=settings.per_device_train_batch_size if sized else None,
+        recomputed=recomputed if "gradient_checkpointing" in settings.given else None,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """torch's deterministic algorithms for a while; memory that is written anyway need not be filled first."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def _arguments(settings: Settings, checkpoints: Path) -> Any:
@@ -118,11 +195,10 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
     from finetune.engines import compute_dtype
 
     cuda, dtype = torch.cuda.is_available(), compute_dtype(settings)
-    checkpointing = settings.gradient_checkpointing != "false"
     return SFTConfig(
         output_dir=str(checkpoints),
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        per_device_train_batch_size=settings.rows_per_update,  # one batch is one update; its pieces are planned
+        gradient_accumulation_steps=1,
         warmup_steps=settings.warmup_steps,
         max_steps=settings.max_steps,
         num_train_epochs=settings.num_train_epochs or 1,
@@ -136,7 +212,7 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
         bf16=cuda and dtype is torch.bfloat16,
         fp16=cuda and dtype is torch.float16,
         use_cpu=not cuda,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=False,  # see engines: recompute
         max_length=settings.max_seq_length,
         dataset_num_proc=None,
         logging_steps=1,  # every update is recorded; LOGGING_STEPS is about the lines printed
@@ -146,103 +222,12 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
         report_to=settings.report_to,
         run_name=settings.run_name,
         disable_tqdm=True,
-        dataloader_pin_memory=cuda,
+        dataloader_pin_memory=False,  # rows become tensors later
     )
 
 
-def _trainer_type() -> Any:
-    from transformers import PrinterCallback, Trainer, TrainerCallback
-    from trl import SFTTrainer
-
-    class StopAtStep(TrainerCallback):
-        """Ends the loop with a checkpoint at the first whole update after a signal."""
-
-        def __init__(self, trainer: Any):
-            self.trainer = trainer
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.trainer.stop is not None:
-                print(
-                    f"{signal.Signals(self.trainer.stop).name}: saving a checkpoint after update {state.global_step}",
-                    flush=True,
-                )
-                control.should_save = control.should_training_stop = True
-
-    class OurTrainer(SFTTrainer):
-        """SFTTrainer that measures each update, saves checkpoints whole or not at all, and stops on a signal."""
-
-        def start(self, folder: Path, keep: int) -> None:
-            self.folder, self.keep = folder, keep
-            self.stop: int | None = None
-            self.first_step_s = 0.0
-            self.metrics: list[dict[str, float]] = []
-            self.tokens = 0
-            self.clock = time.perf_counter()
-            self.remove_callback(PrinterCallback)
-            self.add_callback(StopAtStep(self))
-
-        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            mask = inputs.get("attention_mask")
-            self.tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-            return super().training_step(model, inputs, *args, **kwargs)
-
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            if "loss" in logs and "grad_norm" in logs:
-                now = time.perf_counter()
-                seconds, self.clock = now - self.clock, now
-                row = dict(
-                    step=self.state.global_step,
-                    loss=float(logs["loss"]),
-                    learning_rate=float(logs["learning_rate"]),
-                    grad_norm=float(logs["grad_norm"]),
-                    epoch=round(float(self.state.epoch or 0), 6),
-                    tokens=self.tokens,
-                    step_s=round(seconds, 4),
-                    tokens_per_s=round(self.tokens / seconds, 1),
-                    memory_gib=round(peak_gib(), 3),
-                )
-                self.tokens = 0
-                self.first_step_s = self.first_step_s or seconds
-                if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-                    raise Refusal(
-                        f"step {row['step']}: the loss is {row['loss']}, the gradient norm {row['grad_norm']}; training has "
-                        f"diverged. Try a lower LEARNING_RATE, for example LEARNING_RATE={self.args.learning_rate / 10:g}, "
-                        "and OVERWRITE=1."
-                    )
-                self.metrics.append(row)
-                self.progress.show(row)
-                console.beat("training")
-            super().log(logs, start_time)
-
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            # neither tokenizer nor training_args.bin, which may hold the token; PEFT must not ask the Hub
-            # about the base's vocabulary (LLaMA-Factory #2793)
-            self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
-        def _get_output_dir(self, trial: Any) -> str:
-            return str(self.folder / "partial")
-
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            """Write to checkpoints/partial, add the sha256 of every file, and only then give it its name."""
-            name = f"checkpoint-{self.state.global_step}"
-            if (self.folder / name).is_dir():
-                return
-            shutil.rmtree(self.folder / "partial", ignore_errors=True)
-            Trainer._save_checkpoint(self, model, trial)  # not SFTTrainer's, which writes a model card each time
-            written = self.folder / "partial" / name
-            files.write_json(written / "metrics.json", self.metrics)
-            files.write_json(written / "sha256.json", files.digests(written))
-            files.publish(written, self.folder / name)
-            shutil.rmtree(self.folder / "partial", ignore_errors=True)
-            for old in checkpoint_folders(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
-            self.clock = time.perf_counter()
-
-    return OurTrainer
-
-
 @contextlib.contextmanager
-def _signals(trainer: Any) -> Iterator[None]:
+def _signals(trainer: OurTrainer) -> Iterator[None]:
     """SIGTERM and SIGINT end the loop at the next whole update; the same signal again ends the process at once."""
 
     def note(number: int, frame: Any) -> None:
@@ -262,28 +247,10 @@ def updates(settings: Settings, tokens: Tokens) -> int:
     """Updates of the whole run, as transformers counts them."""
     if settings.max_steps > 0:
         return settings.max_steps
-    batches = math.ceil(len(tokens.dataset) / settings.per_device_train_batch_size)
-    per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+    per_epoch = math.ceil(len(tokens.dataset) / settings.rows_per_update)
     return math.ceil((settings.num_train_epochs or 1) * per_epoch)
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """Checkpoints with their final name, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files have the sha256 they were written with; a damaged one is named and passed over."""
-    for path in reversed(checkpoint_folders(folder)):
-        try:
-            expected = json.loads((path / "sha256.json").read_text())
-        except (OSError, ValueError):
-            print(f"{path}: has no readable list of hashes; the checkpoint before it is used", flush=True)
-            continue
-        found = files.digests(path, [name for name in expected if (path / name).is_file()])
-        damaged = sorted(name for name in expected if found.get(name) != expected[name])
-        if not damaged:
-            return path
-        print(f"{path}: damaged or missing: {', '.join(damaged)}; the checkpoint before it is used", flush=True)
-    return None
+def describe(settings: Settings, tokens: Tokens) -> str:
+    """One line for the console, before training."""
+    return f"training: {updates(settings, tokens)} updates, {settings.rows_per_update} rows each"

@@ -4,6 +4,10 @@ Each has
   prepare(environ)                  -> None       what must happen before other libraries are imported
   load(settings, source)            -> PeftModel  base in 4 bits where asked, adapter attached, ready to train
   answering(model)                  -> context    the model set up for generation, and back for training afterwards
+  path(model, choice, ...)          -> context    the model set up for training; yields the compiled path, or None
+  layers(model)                     -> int        layers whose activations may be recomputed
+  recompute(model, arguments, n)    -> None       recompute those of the first n
+and PARTIAL: whether n may lie between none and all; KEEPS_INPUTS: whether a recomputed layer keeps its input on the GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.errors import SettingsError
 from finetune.settings import Settings
@@ -21,23 +25,43 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import BitsAndBytesConfig
 
+    from finetune.engines.compiled import Packed
     from finetune.hub import Source
+    from finetune.preflight import Gpu
 
 
 class Engine(Protocol):
     """What both engines offer."""
 
+    PARTIAL: bool
+    KEEPS_INPUTS: bool
+
     def prepare(self) -> None: ...
     def load(self, settings: Settings, source: Source) -> PeftModel: ...
     def answering(self, model: PeftModel) -> AbstractContextManager[None]: ...
+    def path(
+        self, model: PeftModel, choice: Choice, places: int, longest: int
+    ) -> AbstractContextManager[Packed | None]: ...
+    def layers(self, model: PeftModel) -> int: ...
+    def recompute(self, model: PeftModel, arguments: Any, count: int) -> None: ...
+
+
+# Decoder layers that take position_embeddings and hand everything else to the attention function.
+COMPILED_TYPES = ("llama", "qwen2", "qwen3")
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The engine's name, and why it was taken."""
+    """The engine's name, why it was taken, whether it trains on the compiled path, and to the same bytes each time."""
 
     name: str
     reason: str
+    compiled: bool = False
+    deterministic: bool = False
+
+    def describe(self) -> str:
+        """One line for the console."""
+        return f"engine: {self.name}{', compiled' if self.compiled else ''} ({self.reason})"
 
     def open(self) -> Engine:
         """Import the engine, and what must be imported before everything else."""
@@ -46,11 +70,46 @@ class Choice:
         return engine
 
 
-def choose(settings: Settings, gpu: bool) -> Choice:
-    """ENGINE, or for auto the one that fits the machine."""
-    if settings.engine != "auto":
-        return Choice(settings.engine, f"ENGINE={settings.engine}")
-    return Choice("unsloth", "a CUDA GPU is visible") if gpu else Choice("transformers", "no GPU is visible")
+def choose(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) -> Choice:
+    """ENGINE, or for auto the one that was measured faster on this kind of GPU with this kind of model.
+
+    config: of the model, as in its config.json.
+    """
+    against = not_compiled(settings, gpu, config)
+    if settings.engine == "unsloth":
+        return Choice("unsloth", "ENGINE=unsloth")
+    if settings.engine == "transformers":
+        why = f"ENGINE=transformers{f'; not compiled: {against}' if gpu and against else ''}"
+    elif gpu is None:
+        why = "no GPU is visible"
+    elif not against:
+        why = "its compiled path was measured five times as fast as the tutorial's unsloth"
+    elif settings.full_determinism:
+        why = f"FULL_DETERMINISM=1, which unsloth cannot keep; not compiled: {against}"
+    else:
+        return Choice("unsloth", f"a CUDA GPU, and the compiled path is out: {against}")
+    cheap = gpu is None or not against  # under a tenth of the time there: benchmarks/h100
+    return Choice(
+        "transformers", why, not against, cheap if settings.full_determinism is None else settings.full_determinism
+    )
+
+
+def not_compiled(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) -> str | None:
+    """Why the compiled path cannot serve, in words; None: it can."""
+    kind = config.get("model_type")
+    if gpu is None:
+        return "no GPU"
+    if not settings.torch_compile:
+        return "TORCH_COMPILE=0"
+    if gpu.capability < (8, 0):
+        return f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))}, it needs 8.0"
+    if kind not in COMPILED_TYPES or config.get("use_sliding_window"):
+        return f"it serves {', '.join(COMPILED_TYPES)} with full attention, and this is {kind}"
+    if settings.dtype not in ("auto", "bfloat16"):
+        return f"DTYPE={settings.dtype}, it computes in bfloat16"
+    if settings.lora_bias != "none":
+        return f"LORA_BIAS={settings.lora_bias}, it trains no biases"
+    return None
 
 
 def compute_dtype(settings: Settings) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,16 @@ from finetune.settings import Settings
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from finetune.engines.compiled import Packed
+
+
+PARTIAL = True
+KEEPS_INPUTS = True
+
 
 def prepare() -> None:
-    """Nothing has to come first."""
+    """Let the allocator grow its segments: micro-batches of changing lengths would leave holes (78 GiB held for 42 used)."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def load(settings: Settings, source: Source) -> PeftModel:
@@ -70,3 +78,38 @@ def answering(model: PeftModel) -> Iterator[None]:
         yield
     finally:
         model.train()
+
+
+@contextlib.contextmanager
+def path(model: PeftModel, choice: engines.Choice, places: int, longest: int) -> Iterator[Packed | None]:
+    """The compiled path where it was chosen; else nothing changes."""
+    if not choice.compiled:
+        yield None
+        return
+    from finetune.engines import compiled
+
+    with compiled.applied(model, places, longest) as packed:
+        yield packed
+
+
+def layers(model: PeftModel) -> int:
+    """Decoder layers, as transformers marks them."""
+    return len(_layers(model))
+
+
+def recompute(model: PeftModel, arguments: Any, count: int) -> None:
+    """Recompute the activations of the first `count` layers in the backward pass: those of the last are needed first."""
+    arguments.gradient_checkpointing = False  # the trainer would switch it on for all layers
+    base = model.get_base_model()
+    base.gradient_checkpointing_disable()
+    if count:
+        dropout = any(type(module).__name__ == "Dropout" and module.p > 0 for module in model.modules())
+        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": dropout})
+        for index, layer in enumerate(_layers(model)):
+            layer.gradient_checkpointing = index < count
+
+
+def _layers(model: PeftModel) -> list[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

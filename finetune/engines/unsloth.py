@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from finetune import engines
 from finetune.errors import PreflightError, SettingsError
@@ -13,6 +14,10 @@ from finetune.settings import Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+PARTIAL = False
+KEEPS_INPUTS = False  # its checkpointing moves them to the host's memory
 
 
 def prepare() -> None:
@@ -76,3 +81,21 @@ def answering(model: PeftModel) -> Iterator[None]:
         yield
     finally:
         FastLanguageModel.for_training(model)
+
+
+def path(model: PeftModel, choice: engines.Choice, places: int, longest: int) -> AbstractContextManager[None]:
+    """unsloth has patched the model already."""
+    return contextlib.nullcontext()
+
+
+def layers(model: PeftModel) -> int:
+    """Decoder layers."""
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def recompute(model: PeftModel, arguments: Any, count: int) -> None:
+    """Recompute the activations of all layers, or of none. unsloth's trainer looks at the argument again when it begins."""
+    from unsloth import FastLanguageModel
+
+    arguments.gradient_checkpointing = count > 0
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=count > 0)

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from conftest import QUICK, ROOT, call, environment, train
-from finetune import files
-from finetune import train as train_module
+from finetune import checkpoints, files
 
 WEIGHTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors.index.json")
 TOP = {"README.md", "curves.png", "metrics.jsonl", "report.html", "run.json", "samples.md"}
@@ -118,7 +117,7 @@ def assert_whole(output: Path, wanted: dict[str, str]) -> None:
     assert not [p.name for p in output.iterdir() if p.name not in names and not p.name.endswith((".partial", ".old"))]
     for name, sha in wanted.items():
         assert not (output / name).parent.exists() or files.sha256(output / name) == sha, name
-    for folder in train_module.checkpoint_folders(output / "checkpoints"):
+    for folder in checkpoints.folders(output / "checkpoints"):
         expected = json.loads((folder / "sha256.json").read_text())
         assert files.digests(folder, expected) == expected and "optimizer.pt" in expected
 
@@ -163,8 +162,8 @@ def test_each_damage_to_a_checkpoint_is_named(
     undisturbed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     folder = Path(shutil.copytree(undisturbed_folder / "checkpoints", tmp_path / "checkpoints"))
-    older, newest = train_module.checkpoint_folders(folder)
-    assert train_module.newest_checkpoint(folder) == newest and capsys.readouterr().out == ""
+    older, newest = checkpoints.folders(folder)
+    assert checkpoints.newest(folder) == newest and capsys.readouterr().out == ""
     target = newest / ("sha256.json" if damage == "unlisted" else "adapter_model.safetensors")
     content = target.read_bytes()
     if damage == "missing":
@@ -173,12 +172,12 @@ def test_each_damage_to_a_checkpoint_is_named(
         target.write_bytes(
             content[:-1] + bytes([content[-1] ^ 1]) if damage == "flipped" else content[: len(content) // 2]
         )
-    assert train_module.newest_checkpoint(folder) == older
+    assert checkpoints.newest(folder) == older
     said = capsys.readouterr().out
     problem = "has no readable list of hashes" if damage == "unlisted" else f"damaged or missing: {target.name}"
     assert f"{newest}: {problem}; the checkpoint before it is used" in said
     (older / "optimizer.pt").write_bytes(b"")
-    assert train_module.newest_checkpoint(folder) is None and f"{older}: damaged" in capsys.readouterr().out
+    assert checkpoints.newest(folder) is None and f"{older}: damaged" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(

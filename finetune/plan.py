@@ -1,0 +1,136 @@
+"""Arithmetic: how the rows of one update are cut into pieces that fit the memory. Standard library only.
+
+The recipe fixes how many rows make an update; in how many forward passes they go through the model changes nothing but
+rounding, time and memory. `choose` takes the fewest pieces that fit, and then recomputes the activations of as few layers as
+possible. A piece's memory is worked out from what a token costs, which `finetune.probe` measures on the model itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+GIB = 2**30
+MARGIN = 0.94  # share of the free memory that is planned with; the rest is for fragmentation
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What training takes, in bytes; `per token` where it says so.
+
+    fixed: weights, adapter, gradients and optimizer. kept: per token and layer, from the forward to the backward pass.
+    kept_recomputed: the same where the layer is recomputed (its input). work, work_token: on top while a layer goes
+    backward. loss, loss_token: on top while the loss is computed. partial: some layers may be recomputed and others not.
+    launch_s, token_s: seconds for a piece whatever its size, and for the arithmetic of each of its tokens.
+    """
+
+    layers: int
+    fixed: float
+    kept: float
+    kept_recomputed: float
+    work: float
+    work_token: float
+    loss: float
+    loss_token: float
+    partial: bool = True
+    launch_s: float = 0.0
+    token_s: float = 0.0
+
+    def seconds(self, tokens: int, recomputed: int) -> float:
+        """Time of a piece, in seconds: recomputing a layer adds a forward pass to the forward and the backward one."""
+        share = recomputed / self.layers
+        return max(self.launch_s, self.token_s * tokens) * (1 + share / 2)
+
+    def peak(self, tokens: int, recomputed: int) -> float:
+        """Peak memory of a piece of `tokens` tokens with the first `recomputed` layers recomputed, in bytes.
+
+        It is reached at the loss, in the first backward step of a layer that was kept, or of one that is recomputed: its
+        activations come back when those of the layers after it are gone.
+        """
+        inputs = recomputed * self.kept_recomputed * tokens
+        alive = inputs + (self.layers - recomputed) * self.kept * tokens
+        work = self.work + self.work_token * tokens
+        peaks = [alive + self.loss + self.loss_token * tokens]
+        if recomputed < self.layers:
+            peaks.append(alive + work)
+        if recomputed:
+            peaks.append(inputs + (self.kept - self.kept_recomputed) * tokens + work)  # its input is there already
+        return self.fixed + max(peaks)
+
+    def recomputed(self, tokens: int, limit: float) -> int | None:
+        """The fewest recomputed layers with which `tokens` tokens stay under `limit` bytes; None: not even all."""
+        steps = range(self.layers + 1) if self.partial else (0, self.layers)
+        return next((count for count in steps if self.peak(tokens, count) <= limit), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one update is computed. recomputed: layers whose activations are recomputed, of `layers`."""
+
+    micro_batch: int
+    accumulation: int
+    recomputed: int
+    layers: int
+    reason: str
+    tokens: int = 0
+    limit_gib: float | None = None
+    forecast_gib: float | None = None
+    forecast_step_s: float | None = None
+
+    @property
+    def checkpointing(self) -> str:
+        return "none" if not self.recomputed else "full" if self.recomputed == self.layers else "selective"
+
+    def describe(self) -> str:
+        """One line for the console."""
+        some = f" ({self.recomputed} of {self.layers} layers)" if self.checkpointing == "selective" else ""
+        memory = f", {self.forecast_gib:.1f} GiB expected" if self.forecast_gib else ""
+        return (
+            f"{self.micro_batch} x {self.accumulation}, checkpointing {self.checkpointing}{some}{memory}; {self.reason}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The part of run.json on the plan."""
+        return {**dataclasses.asdict(self), "checkpointing": self.checkpointing}
+
+
+def pieces(rows: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """`rows` in their order, at most `size` at a time."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def choose(
+    rows_per_update: int, updates: Sequence[Sequence[int]], cost: Cost, limit: float, *, padded: bool = False,
+    micro_batch: int | None = None, recomputed: int | None = None,
+) -> Plan:  # fmt: skip
+    """The plan with the fewest pieces that fit `limit` bytes, and among those with the fewest recomputed layers.
+
+    updates: the lengths of the rows of each, in tokens. padded: a piece is filled up to its longest row.
+    micro_batch, recomputed: what the user set, which is kept as it is. Where nothing fits, the smallest plan is returned:
+    the forecast has a margin, and an out-of-memory error its own way out.
+    """
+
+    def sizes_of(size: int, lengths: Sequence[int]) -> list[int]:
+        return [len(piece) * max(piece) if padded else sum(piece) for piece in pieces(lengths, size)]
+
+    def tokens(size: int) -> int:
+        return max(count for lengths in updates for count in sizes_of(size, lengths))
+
+    sizes = [micro_batch] if micro_batch else [n for n in range(rows_per_update, 0, -1) if rows_per_update % n == 0]
+    size, layers = sizes[-1], cost.layers if recomputed is None else recomputed
+    reason = "nothing smaller is left to try"
+    for candidate in sizes:
+        count = cost.recomputed(tokens(candidate), limit) if recomputed is None else recomputed
+        if count is not None and cost.peak(tokens(candidate), count) <= limit:
+            size, layers = candidate, count
+            reason = f"the fewest pieces that fit {limit / GIB:.1f} GiB"
+            break
+    if micro_batch:
+        reason = "as set" if recomputed is not None else f"{micro_batch} rows as set; {reason}"
+    seconds = [sum(cost.seconds(count, layers) for count in sizes_of(size, lengths)) for lengths in updates]
+    return Plan(
+        micro_batch=size, accumulation=-(-rows_per_update // size), recomputed=layers, layers=cost.layers, reason=reason,
+        tokens=tokens(size), limit_gib=round(limit / GIB, 3), forecast_gib=round(cost.peak(tokens(size), layers) / GIB, 3),
+        forecast_step_s=round(sum(seconds) / len(seconds), 3),
+    )  # fmt: skip

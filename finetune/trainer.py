@@ -1,0 +1,214 @@
+"""trl's trainer, with updates computed in planned pieces, each measured, checkpoints whole or not at all, and signals.
+
+Import this module only when training begins: it needs trl, and with ENGINE=unsloth the one that unsloth has patched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from trl import SFTTrainer
+
+from finetune import checkpoints, console, files, plan
+from finetune.data import IGNORED
+from finetune.errors import Refusal
+
+if TYPE_CHECKING:
+    from finetune.engines.compiled import Packed
+
+Row = dict[str, Any]
+
+
+def peak_gib() -> float:
+    """Peak memory so far in GiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class StopAtStep(TrainerCallback):
+    """Ends the loop with a checkpoint at the first whole update after a signal."""
+
+    def __init__(self, trainer: OurTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stop is not None:
+            name = signal.Signals(self.trainer.stop).name
+            print(f"{name}: saving a checkpoint after update {state.global_step}", flush=True)
+            control.should_save = control.should_training_stop = True
+
+
+class OurTrainer(SFTTrainer):
+    """SFTTrainer for which one batch is one update. `begin` must be called before `train`."""
+
+    def begin(self, folder: Path, keep: int, packed: Packed | None) -> None:
+        """folder, keep: where checkpoints go, and how many stay. packed: the compiled path's way to make a micro-batch."""
+        self.folder, self.keep, self.packed = folder, keep, packed
+        self.plan = plan.Plan(micro_batch=1, accumulation=1, recomputed=0, layers=0, reason="none yet")
+        self.stop: int | None = None
+        self.first_step_s = 0.0
+        self.metrics: list[dict[str, float]] = []
+        self.tokens = 0
+        self.clock = time.perf_counter()
+        self.collate: Any = self.data_collator
+        self.pads = packed is None and not getattr(self.data_collator, "padding_free", False)
+        self.data_collator = _as_they_are
+        self.remove_callback(PrinterCallback)
+        self.add_callback(StopAtStep(self))
+
+    # One update, in pieces
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], None]:
+        """The rows of the next update, not yet a tensor."""
+        found = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return found, None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Gradients of one update, averaged over all its labels, whatever the pieces. Returns its loss.
+
+        An update that does not fit the memory is begun anew in smaller pieces: nothing is lost, and nothing counts twice.
+        """
+        rows = inputs["update"].rows
+        while True:
+            try:
+                loss = self._update(model, rows)
+                break
+            except torch.OutOfMemoryError as error:
+                message = str(error).partition(". ")[0]
+            self.forget(model)
+            self.plan = self._smaller(message)
+        self.tokens += sum(len(row["input_ids"]) for row in rows)
+        return loss
+
+    def _update(self, model: Any, rows: list[Row]) -> Any:
+        count = torch.tensor(
+            sum(label != IGNORED for row in rows for label in row["labels"][1:]), device=self.args.device
+        )
+        losses = [self.piece(model, piece, count) for piece in plan.pieces(rows, self.plan.micro_batch)]
+        return torch.stack(losses).sum()
+
+    def piece(self, model: Any, rows: Sequence[Row], count: Any) -> Any:
+        """Forward and backward of some rows of an update that has `count` labels in all."""
+        if self.packed is None:
+            return super().training_step(model, self.collate(list(rows)), num_items_in_batch=count)
+        loss = self.loss_of(model, rows, count)
+        loss.backward()
+        return loss.detach()
+
+    def loss_of(self, model: Any, rows: Sequence[Row], count: Any) -> Any:
+        """The share of some rows in the loss of an update, with its graph."""
+        model.train()
+        if self.packed is not None:
+            return self.packed.loss(model, self.packed.pack(rows), count)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(self.collate(list(rows))), num_items_in_batch=count)
+
+    def lengths(self, most: int) -> list[list[int]]:
+        """Tokens of the rows of each update to come, in their order; of `most` updates at the most."""
+        sizes = [len(ids) for ids in self.train_dataset["input_ids"]]
+        with torch.random.fork_rng(devices=[]):  # looking at the order must not change it
+            order = self.get_train_dataloader().batch_sampler
+            epochs = itertools.chain.from_iterable(iter(lambda: list(order), None))
+            return [[sizes[index] for index in batch] for batch in itertools.islice(epochs, most)]
+
+    def forget(self, model: Any) -> None:
+        """Forget what an interrupted update left behind."""
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+    def _smaller(self, message: str) -> plan.Plan:
+        """The plan with half the micro-batch. Raises Refusal where a single row does not fit."""
+        before = self.plan
+        if before.micro_batch == 1:
+            raise Refusal(
+                f"out of GPU memory with one row at a time ({message}). Lower MAX_SEQ_LENGTH, for example "
+                f"MAX_SEQ_LENGTH={max(8, self.plan.tokens // 2)}, lower LORA_R, or set GRADIENT_CHECKPOINTING=true."
+            )
+        size = before.micro_batch // 2
+        pieces = math.ceil(before.micro_batch * before.accumulation / size)
+        print(f"out of GPU memory: update {self.state.global_step + 1} is repeated as {size} x {pieces}", flush=True)
+        return dataclasses.replace(before, micro_batch=size, accumulation=pieces, reason="halved: out of GPU memory")
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: transformers would look for a tensor of tokens."""
+        return 0
+
+    # What each update leaves
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and "grad_norm" in logs:
+            now = time.perf_counter()
+            seconds, self.clock = now - self.clock, now
+            row = dict(
+                step=self.state.global_step,
+                loss=float(logs["loss"]),
+                learning_rate=float(logs["learning_rate"]),
+                grad_norm=float(logs["grad_norm"]),
+                epoch=round(float(self.state.epoch or 0), 6),
+                tokens=self.tokens,
+                step_s=round(seconds, 4),
+                tokens_per_s=round(self.tokens / seconds, 1),
+                memory_gib=round(peak_gib(), 3),
+            )
+            self.tokens = 0
+            self.first_step_s = self.first_step_s or seconds
+            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+                raise Refusal(
+                    f"step {row['step']}: the loss is {row['loss']}, the gradient norm {row['grad_norm']}; training has "
+                    f"diverged. Try a lower LEARNING_RATE, for example LEARNING_RATE={self.args.learning_rate / 10:g}, "
+                    "and OVERWRITE=1."
+                )
+            self.metrics.append(row)
+            self.progress.show(row)
+            console.beat("training")
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # neither tokenizer nor training_args.bin, which may hold the token; PEFT must not ask the Hub
+        # about the base's vocabulary (LLaMA-Factory #2793)
+        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.folder / "partial")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write to checkpoints/partial, add the sha256 of every file, and only then give it its name."""
+        name = f"checkpoint-{self.state.global_step}"
+        if (self.folder / name).is_dir():
+            return
+        shutil.rmtree(self.folder / "partial", ignore_errors=True)
+        Trainer._save_checkpoint(self, model, trial)  # not SFTTrainer's, which writes a model card each time
+        written = self.folder / "partial" / name
+        files.write_json(written / "metrics.json", self.metrics)
+        files.write_json(written / "plan.json", dataclasses.asdict(self.plan))
+        files.write_json(written / "sha256.json", files.digests(written))
+        files.publish(written, self.folder / name)
+        shutil.rmtree(self.folder / "partial", ignore_errors=True)
+        for old in checkpoints.folders(self.folder)[: -self.keep]:
+            shutil.rmtree(old)
+        self.clock = time.perf_counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The rows of one update, closed to accelerate, which would look at every single token on the way to the GPU."""
+
+    rows: list[Row]
+
+
+def _as_they_are(rows: list[Row]) -> dict[str, Update]:
+    return dict(update=Update(rows))

@@ -1,0 +1,157 @@
+"""Time every engine and the two baselines on the same rows, one after the other, and print one table. `make bench`.
+
+usage: bench.py [--cases NAME,NAME] [--out FOLDER] [--steps 20] [--timeout 300]
+
+Needs the standard workload (benchmarks/workload.py) in the folder WORK, default /tmp/work. Each case is a process of its own;
+its result is in FOLDER/bench.json as soon as it ends. Times of an update are medians from the ninth on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from finetune import files  # noqa: E402
+
+SKIPPED = 8  # updates that compile and warm up
+PARAMETERS = 8.03e9
+CASES: dict[str, dict[str, str] | list[str]] = {
+    "tutorial": ["unsloth"],
+    "trl": ["transformers"],
+    "auto": {},
+    "auto, 12 GiB": {"MAX_MEMORY": "12"},
+    "auto, 8 GiB": {"MAX_MEMORY": "8"},
+    "not deterministic": {"FULL_DETERMINISM": "0"},
+    "uncompiled": {"ENGINE": "transformers", "TORCH_COMPILE": "0"},
+    "unsloth, planned": {"ENGINE": "unsloth"},
+    "unsloth, 2 x 4": {"ENGINE": "unsloth", "PER_DEVICE_TRAIN_BATCH_SIZE": "2", "GRADIENT_CHECKPOINTING": "unsloth"},
+}
+
+
+def main() -> None:
+    """Run the cases that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cases", default=",".join(CASES).replace(", ", ","), help="names without spaces, commas between"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--timeout", type=float, default=300)
+    given = parser.parse_args()
+    wanted = given.cases.replace(" ", "")
+    chosen = [name for name in CASES if name.replace(" ", "") in _names(wanted)]
+    given.out.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    for name in chosen:
+        results.append(dict(case=name, **run(name, given.steps, given.timeout, given.out)))
+        files.write_json(given.out / "bench.json", dict(machine=machine(), results=results))
+    print(table(results))
+
+
+def _names(wanted: str) -> set[str]:
+    """The cases named in `wanted`: some names have a comma in them."""
+    return {name.replace(" ", "") for name in CASES if f",{name.replace(' ', '')}," in f",{wanted},"}
+
+
+def run(name: str, steps: int, timeout: float, out: Path) -> dict[str, Any]:
+    """One case, in a process of its own."""
+    work, case = Path(os.environ.get("WORK", "/tmp/work")), CASES[name]
+    folder = out / name.replace(", ", "-").replace(" ", "-")
+    if isinstance(case, list):
+        command = [sys.executable, str(ROOT / "benchmarks" / "tutorial.py"), *case, "--steps", str(steps)]
+        environ = dict(os.environ, WORK=str(work))
+    else:
+        settings = dict(
+            MODEL_NAME=work / "model", DATASET_NAME=work / "rows.json", MAX_STEPS=steps, MAX_NEW_TOKENS=0, SAVE_STEPS=0,
+            SAVE_MERGED=0, LOGGING_STEPS=1, OVERWRITE=1, OUTPUT_DIR=folder, **case,
+        )  # fmt: skip
+        command = [sys.executable, str(ROOT / "entrypoint.py"), "train", *(f"{k}={v}" for k, v in settings.items())]
+        environ = dict(os.environ)
+    print(f"== {name}: {' '.join(command[1:])}", flush=True)
+    began = time.time()
+    with open(out / f"{folder.name}.log", "w") as log:
+        try:
+            code = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, env=environ
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    found: dict[str, Any] = dict(command=" ".join(command[1:]), exit=code, total_s=round(time.time() - began, 1))
+    if code:
+        print("\n".join((out / f"{folder.name}.log").read_text().splitlines()[-15:]), flush=True)
+        return found
+    found |= baseline(out / f"{folder.name}.log") if isinstance(case, list) else ours(folder)
+    print(json.dumps({k: v for k, v in found.items() if k not in ("losses", "steps_s", "command")}), flush=True)
+    return found
+
+
+def baseline(log: Path) -> dict[str, Any]:
+    """What benchmarks/tutorial.py printed."""
+    line = next(line for line in log.read_text().splitlines() if line.startswith("RESULT "))
+    result = json.loads(line.removeprefix("RESULT "))
+    return dict(
+        plan=f"{result['micro_batch']} x {result['accumulation']}", step_s=result["median_step_s"],
+        tokens_per_s=result["tokens_per_s"], peak_gib=result["peak_gib"], import_s=result["import_s"],
+        load_s=result["load_s"], first_step_s=result["first_step_s"], losses=result["losses"],
+    )  # fmt: skip
+
+
+def ours(folder: Path) -> dict[str, Any]:
+    """What a run of this program recorded."""
+    record = json.loads((folder / "run.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
+    plan, timings = record["training"]["plan"], record["timings"]
+    return dict(
+        engine=record["engine"], plan=f"{plan['micro_batch']} x {plan['accumulation']}", checkpointing=plan["checkpointing"],
+        recomputed=plan["recomputed"], step_s=round(statistics.median(row["step_s"] for row in rows), 3),
+        tokens_per_s=round(sum(row["tokens"] for row in rows) / sum(row["step_s"] for row in rows)),
+        peak_gib=round(record["memory"]["training_gib"], 2), forecast_gib=plan["forecast_gib"],
+        forecast_step_s=plan["forecast_step_s"], import_s=timings["import_s"], load_s=timings["load_s"],
+        first_step_s=timings["first_step_s"], losses=record["training"]["losses"], steps_s=[row["step_s"] for row in rows],
+        adapter_sha256=record["files"]["adapter/adapter_model.safetensors"]["sha256"],
+    )  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """GPU, driver, versions, and what a plain product of matrices reaches here."""
+    from finetune import preflight, report
+
+    gpu = preflight.gpus(os.environ)[0]
+    code = "from finetune import probe; print(probe.speed(8192))"
+    speed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120).stdout
+    return dict(gpu=gpu.name, driver=gpu.driver, versions=report.versions(), flop_per_s=float(speed or "nan"))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results side by side; the first baseline is the measure."""
+    measure = next((r for r in results if r["case"] == "tutorial" and "step_s" in r), None)
+    lines = [
+        "| run | plan | s/update | tokens/s | times the tutorial | peak GiB (forecast) | import s | load s | first update s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        if "step_s" not in r:
+            lines.append(f"| {r['case']} | failed: exit {r['exit']} | | | | | | | |")
+            continue
+        ratio = f"{measure['step_s'] / r['step_s']:.2f}" if measure else ""
+        forecast = f" ({r['forecast_gib']:.1f})" if r.get("forecast_gib") else ""
+        plan = r["plan"] + (f", {r['checkpointing']}" if "checkpointing" in r else ', "unsloth" or full')
+        lines.append(
+            f"| {r['case']} | {plan} | {r['step_s']} | {r['tokens_per_s']:,} | {ratio} | {r['peak_gib']}{forecast} | "
+            f"{r['import_s']} | {r['load_s']} | {r['first_step_s']} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The packed path: the same numbers as transformers + peft, row by row. On a GPU as it trains there; on a CPU uncompiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+KINDS = ["llama", "qwen2", "qwen3"]
+
+
+def attention_on_cpu(
+    q: Any, k: Any, v: Any, ends: Any, *_: Any, scale: float, window_size: tuple[int, int], **__: Any
+) -> Any:
+    """What torch.nn.attention.varlen computes, for a CPU, where it has no kernel: each row by itself."""
+    assert window_size == (-1, 0)
+    parts = []
+    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        a, b, c = (states[start:end].transpose(0, 1)[None] for states in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        from finetune.engines import compiled
+
+        monkeypatch.setattr(compiled, "varlen_attn", attention_on_cpu)
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    extra = dict(head_dim=16) if request.param == "qwen3" else {}
+    return tiny.model(tmp_path_factory.mktemp(request.param), request.param, **extra)
+
+
+def adapted(folder: Path, device: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
+    """The model with an adapter that does something: LoRA begins with B = 0."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    base.requires_grad_(False)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(device)
+    return model.train()
+
+
+def rows(count: int = 8, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Rows of different lengths, some of whose labels are left out of the loss."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        ids = torch.randint(3, 900, (17 + 13 * index,), generator=generator).tolist()
+        labels = [-100 if place % 5 == index % 5 else token for place, token in enumerate(ids)]
+        made.append(dict(input_ids=ids, labels=labels))
+    return made
+
+
+def labels_of(some: list[dict[str, list[int]]]) -> int:
+    return sum(label != -100 for row in some for label in row["labels"][1:])
+
+
+def packed_run(
+    model: Any, some: list[dict[str, list[int]]], size: int, device: str
+) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of one update in pieces of `size` rows."""
+    from finetune import plan
+    from finetune.engines import compiled
+
+    count, total = torch.tensor(labels_of(some), device=device), 0.0
+    model.zero_grad()
+    with compiled.applied(model, len(some), 200, device) as packed:
+        for piece in plan.pieces(some, size):
+            loss = packed.loss(model, packed.pack(piece), count)
+            loss.backward()
+            total += float(loss)
+    return total, [p.grad.detach().float().cpu().clone() for p in model.parameters() if p.requires_grad]
+
+
+def reference(folder: Path, some: list[dict[str, list[int]]]) -> tuple[float, list[torch.Tensor]]:
+    """The same in float32 on a CPU by transformers and peft alone, one row at a time."""
+    model = adapted(folder, "cpu", torch.float32)
+    total = 0.0
+    for row in some:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / labels_of(some)
+        loss.backward()
+        total += float(loss)
+    return total, [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest relative distance of a gradient tensor from the one expected."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+def test_loss_and_gradients_are_those_of_a_float32_reference(folder: Path, device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    loss, gradients = packed_run(adapted(folder, device, dtype), rows(), 8, device)
+    expected, by_reference = reference(folder, rows())
+    # bfloat16 rounds each of some ten activations on the way to 2**-9
+    assert loss == pytest.approx(expected, rel=1e-5 if device == "cpu" else 3e-3)
+    assert distance(gradients, by_reference) < (1e-4 if device == "cpu" else 3e-2)
+
+
+def test_an_update_is_the_same_in_any_pieces(folder: Path, device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = adapted(folder, device, dtype)
+    loss, gradients = packed_run(model, rows(), 8, device)
+    for size in (4, 2, 1):
+        other, others = packed_run(model, rows(), size, device)
+        assert other == pytest.approx(loss, rel=1e-5 if device == "cpu" else 1e-3)
+        assert distance(others, gradients) < (1e-4 if device == "cpu" else 2e-2)
+
+
+def test_a_row_changes_no_other_row_s_loss(folder: Path, device: str) -> None:
+    from finetune.engines import compiled
+
+    model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    some = rows()
+    other = [dict(row) for row in some]
+    other[3] = dict(input_ids=[5] * len(some[3]["input_ids"]), labels=[5] * len(some[3]["labels"]))
+    one = torch.tensor(1, device=device)
+
+    def alone(all_rows: list[dict[str, list[int]]], kept: int) -> float:
+        masked = [row if i == kept else dict(row, labels=[-100] * len(row["labels"])) for i, row in enumerate(all_rows)]
+        with torch.no_grad():
+            return float(packed.loss(model, packed.pack(masked), one))
+
+    with compiled.applied(model, len(some), 200, device) as packed:
+        before, after = ([alone(which, kept) for kept in range(8)] for which in (some, other))
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] + [True] * 4
+
+
+def test_the_same_bytes_each_time(folder: Path, device: str) -> None:
+    model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (packed_run(model, rows(), 4, device) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert first[0] == second[0]
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_recomputed_layers_give_the_same_gradients(folder: Path, device: str) -> None:
+    from types import SimpleNamespace
+
+    from finetune.engines import transformers as engine
+
+    model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    found = []
+    for count in (0, 1, 2):
+        engine.recompute(model, SimpleNamespace(), count)
+        found.append(packed_run(model, rows(), 4, device))
+    assert all(distance(gradients, found[0][1]) < 1e-6 for _, gradients in found[1:])
+
+
+def test_dropout_reaches_the_adapter_alone(folder: Path, device: str) -> None:
+    model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16, dropout=0.5)
+    torch.manual_seed(0)
+    first, second = (packed_run(model, rows(), 4, device)[0] for _ in range(2))
+    assert first != second
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    first, second = (packed_run(model, rows(), 4, device)[0] for _ in range(2))
+    assert first == second
+
+
+def test_afterwards_the_model_is_what_it_was(folder: Path, device: str) -> None:
+    model = adapted(folder, device, torch.float32)
+    ids = torch.tensor([rows()[2]["input_ids"]], device=device)
+    before = model(input_ids=ids).logits
+    if device == "cpu":
+        packed_run(model, rows(), 4, device)
+    assert torch.equal(model(input_ids=ids).logits, before)
