@@ -12,13 +12,15 @@ export Q
 # As the program has it: what is typed here stands in process lists and in the shell's history.
 $(foreach name,HF_TOKEN WANDB_API_KEY,$(if $(filter command,$(origin $(name))),$(error \
     $(name): a secret does not belong on the command line; set it in the environment or in .env, or $(name)_FILE to a file with it)))
-RUN := "$$VENV/bin/python"
+PYTHON_RUN := "$$VENV/bin/python"
+# `reproduce` takes settings from the record and its command line alone, so what is typed here has to arrive there.
+TYPED = $(foreach name,$(filter-out RUN VENV PYTHON HF_% CUDA_%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)="$$$(name)"))
 # Waiting threads sleep: on two cores that others use too, spinning ones make training 4 times slower (alone 15% faster).
 smoke test: export OMP_WAIT_POLICY ?= passive
 SCRIPTS = .ci/run $(wildcard scripts/*.sh docker/*.sh benchmarks/*.sh)
 PYTHON_FILES = entrypoint.py finetune $(wildcard scripts/*.py docker/*.py)
 
-.PHONY: help train push-hub check smoke ask test bench lint env-example lock image image-reproducible test-image clean clean-all main dev
+.PHONY: help train push-hub check smoke ask reproduce verify lock-inputs test bench lint env-example lock image image-reproducible test-image clean clean-all main dev
 
 help: ## this list
 	@printf 'usage: make TARGET [NAME=value ...]      for example: make train MAX_STEPS=60\n\n'
@@ -27,35 +29,44 @@ help: ## this list
 	@printf '\nAll settings, with their defaults: env.example. Environment: VENV=%s\n' "$$VENV"
 
 train: main ## fine-tune, verify, record; publish where PUSH_TO_HUB=1
-	@$(RUN) entrypoint.py train
+	@$(PYTHON_RUN) entrypoint.py train
 
 push-hub: main ## publish what an earlier run left in OUTPUT_DIR
-	@$(RUN) entrypoint.py push
+	@$(PYTHON_RUN) entrypoint.py push
 
 check: main ## look at settings, GPU, driver, memory and disk; downloads nothing
-	@$(RUN) entrypoint.py check
+	@$(PYTHON_RUN) entrypoint.py check
 
 smoke: main ## train a small real model on the CPU, in under 3 minutes, without a Hub
-	@$(RUN) scripts/smoke.py
+	@$(PYTHON_RUN) scripts/smoke.py
 
 ask: main ## ask the trained model in OUTPUT_DIR: make ask Q="What does a raised troponin mean?"
-	@$(RUN) entrypoint.py ask "$$Q"
+	@$(PYTHON_RUN) entrypoint.py ask "$$Q"
+
+reproduce: main ## train again as a record says, and compare the bytes: make reproduce RUN=outputs/run.json
+	@$(PYTHON_RUN) entrypoint.py reproduce "$${RUN:-}" $(TYPED)
+
+verify: main ## every file in OUTPUT_DIR against its run.json, and the merged weights against base + adapter
+	@$(PYTHON_RUN) entrypoint.py verify
+
+lock-inputs: main ## write the commits that MODEL_REVISION and DATASET_REVISION name now into .env
+	@$(PYTHON_RUN) entrypoint.py lock-inputs
 
 test: dev ## unit and end-to-end tests (ARGS goes to pytest: make test ARGS="-k merge")
-	@$(RUN) -m pytest tests/unit tests/e2e $(ARGS)
+	@$(PYTHON_RUN) -m pytest tests/unit tests/e2e $(ARGS)
 
 bench: main ## time every engine and two baselines on a GPU, side by side
-	@$(RUN) scripts/bench.py $(ARGS)
+	@$(PYTHON_RUN) scripts/bench.py $(ARGS)
 
 lint: dev ## ruff, mypy, shellcheck, hadolint
-	@$(RUN) -m ruff check .
-	@$(RUN) -m ruff format --check .
-	@$(RUN) -m mypy $(PYTHON_FILES)
+	@$(PYTHON_RUN) -m ruff check .
+	@$(PYTHON_RUN) -m ruff format --check .
+	@$(PYTHON_RUN) -m mypy $(PYTHON_FILES)
 	@"$$VENV/bin/shellcheck" $(SCRIPTS)
 	@$(if $(wildcard docker/Dockerfile),"$$VENV/bin/hadolint" docker/Dockerfile)
 
 env-example: main ## write env.example and the README's table from the declared settings
-	@$(RUN) scripts/env_example.py
+	@$(PYTHON_RUN) scripts/env_example.py
 
 lock: ## resolve the dependencies again (UPGRADE=1: newest versions)
 	@scripts/lock.sh
@@ -67,7 +78,7 @@ image-reproducible: ## build the image twice and compare; differing files are pr
 	@scripts/image_reproducible.sh
 
 test-image: dev ## build the image and run it in real containers
-	@scripts/docker_engine.sh run $(RUN) -m pytest tests/image $(ARGS)
+	@scripts/docker_engine.sh run $(PYTHON_RUN) -m pytest tests/image $(ARGS)
 
 clean: ## remove caches, and what make smoke left; no other outputs
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs/smoke

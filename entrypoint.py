@@ -9,60 +9,44 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import __version__, libraries
-from finetune.errors import Refusal, SettingsError
+from finetune import __version__, command, libraries
+from finetune.errors import Refusal
 from finetune.settings import Settings, reference
-
-USAGE = """usage: entrypoint.py [VERB] [NAME=value ...]
-
-  train            fine-tune, verify, record; push where PUSH_TO_HUB=1 (the default verb)
-  check            settings, GPU, driver, memory, disk; downloads nothing
-  ask QUESTION     answer with the trained model in OUTPUT_DIR
-  push             publish what an earlier run left in OUTPUT_DIR; needs no GPU
-  verify           check every file in OUTPUT_DIR against its run.json
-  env              all settings, with their defaults
-  anything else    is run as a command: docker run IMAGE bash
-
-Settings come from NAME=value here, then the environment, then .env, then the defaults; empty means unset.
-Exit codes: 0 done, 2 settings, 3 this machine, 4 the Hub, 1 a bug, 143 stopped by SIGTERM with a checkpoint on disk."""
-VERBS = ("train", "check", "ask", "push", "verify", "env")
 
 
 def main(argv: list[str], environ: Mapping[str, str]) -> int:
     """Run one verb and return the exit code."""
-    settings_first = not argv or "=" in argv[0].split("/")[0]
-    verb, words = ("train", argv) if settings_first else (argv[0], argv[1:])
+    verb = command.verb_of(argv)
     if verb in ("-h", "--help", "help", "--version"):
-        print(__version__ if verb == "--version" else USAGE)
+        print(__version__ if verb == "--version" else command.USAGE)
         return 0
-    if verb not in VERBS:
+    if verb not in command.VERBS:
         return execute(argv, environ)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        run(verb, words, environ)
+        run(command.parse(argv), environ)
     except Refusal as refusal:
         print(*(f"error: {problem}" for problem in refusal.problems), sep="\n", file=sys.stderr)
         return refusal.code
     return 0
 
 
-def run(verb: str, words: list[str], environ: Mapping[str, str]) -> None:
+def run(asked: command.Command, environ: Mapping[str, str]) -> None:
     """Resolve the settings, tell the libraries, and call the verb's function."""
-    if verb == "env":
+    if asked.verb == "env":
         return print(reference(), end="")
-    question = words.pop(0) if verb == "ask" and words else None
-    if wrong := [word for word in words if "=" not in word]:
-        raise SettingsError(f"{wrong[0]}: not understood; settings are given as NAME=value, for example MAX_STEPS=60")
-    if verb == "ask" and not question:
-        raise SettingsError("ask: needs the question, for example: ask 'What does a raised troponin mean?'")
-    line = dict(word.split("=", 1) for word in words)
-    line |= {"PUSH_TO_HUB": "1"} if verb == "push" else {}
-    layered = libraries.layers(libraries.dotenv(Path(".env")), environ)
+    layered, line = libraries.layers(libraries.dotenv(Path(".env")), environ), asked.line
+    if asked.verb == "reproduce":
+        from finetune import reproduce
+
+        layered, line = reproduce.restore(Path(asked.word or ""), layered, line)
+        for name in libraries.NUMERIC:
+            os.environ.pop(name, None)
     settings = Settings.from_env(layered, line)
     os.environ.update(libraries.variables(settings, layered))
     from finetune import verbs
 
-    verbs.call(verb, settings, os.environ, question)
+    verbs.call(asked.verb, settings, os.environ, asked.word)
 
 
 def execute(argv: list[str], environ: Mapping[str, str]) -> int:
@@ -71,7 +55,8 @@ def execute(argv: list[str], environ: Mapping[str, str]) -> int:
         os.execvpe(argv[0], argv, dict(environ))
     except OSError as error:
         print(
-            f"error: {argv[0]}: neither a verb ({', '.join(VERBS)}) nor a command ({error.strerror})", file=sys.stderr
+            f"error: {argv[0]}: neither a verb ({', '.join(command.VERBS)}) nor a command ({error.strerror})",
+            file=sys.stderr,
         )
         return 127 if isinstance(error, FileNotFoundError) else 126
 

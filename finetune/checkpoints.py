@@ -22,9 +22,15 @@ def newest(folder: Path) -> Path | None:
         except (OSError, ValueError):
             print(f"{path}: has no readable list of hashes; the checkpoint before it is used", flush=True)
             continue
-        found = files.digests(path, leave_out={"sha256.json"})
+        found = files.digests(path, [name for name in expected if (path / name).is_file()])
         damaged = sorted(name for name in expected if found.get(name) != expected[name])
         if not damaged:
             return path
         print(f"{path}: damaged or missing: {', '.join(damaged)}; the checkpoint before it is used", flush=True)
     return None
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether all updates of the run are in the checkpoint."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])

@@ -8,12 +8,13 @@ import functools
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import hub
-from finetune.errors import SettingsError
+from finetune.errors import HubError, SettingsError
 from finetune.settings import SPLIT, Settings
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ Please answer the following medical question.
 SHOWN = 5  # bad rows named in one message
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 IGNORED = -100  # label that the loss leaves out
+COMMIT = "[0-9a-f]{40}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Rows:
         )
 
 
+def on_hub(name: str) -> bool:
+    """Whether DATASET_NAME is looked for on the Hub: it is neither the bundled rows nor a file."""
+    return name != "samples" and not name.lower().endswith(SUFFIXES) and not name.startswith((".", "/", "~"))
+
+
 def load(settings: Settings) -> Rows:
     """Read and check the rows that DATASET_NAME and DATASET_SPLIT name.
 
@@ -77,7 +84,7 @@ def load(settings: Settings) -> Rows:
             (f"samples/{language}.jsonl", row) for language in languages for row in _jsonl(folder / f"{language}.jsonl")
         ]
         commit, found = None, _slice(settings, [(f"{file} {where}", row) for file, (where, row) in source])
-    elif name.lower().endswith(SUFFIXES) or name.startswith((".", "/", "~")):
+    elif not on_hub(name):
         commit, found = (
             None,
             _slice(settings, [(f"{name} {where}", row) for where, row in _file(Path(name).expanduser())]),
@@ -114,10 +121,10 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[tuple[str, Row]]]:
 
     name, config, token = settings.dataset_name, settings.dataset_config, hub.token(settings)
     split = str(re.fullmatch(SPLIT, settings.dataset_split)["name"])  # type: ignore[index]  # checked by settings
-    commit = settings.dataset_revision
+    commit: str | None = settings.dataset_revision
     with hub.explained("DATASET_NAME", settings):
         if not constants.is_offline_mode():
-            commit = HfApi(token=token).dataset_info(name, revision=settings.dataset_revision).sha or commit
+            commit = HfApi(token=token).dataset_info(name, revision=settings.dataset_revision).sha
         try:
             found = load_dataset(name, config, split=split, revision=commit, token=token)
         except ValueError as error:
@@ -127,10 +134,28 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[tuple[str, Row]]]:
                 splits = ", ".join(get_dataset_split_names(name, config, revision=commit, token=token))
                 raise SettingsError(f"DATASET_SPLIT={settings.dataset_split}: {name} has {splits}, for example DATASET_SPLIT={splits.split(',')[0]}") from None  # fmt: skip
             raise SettingsError(f"DATASET_NAME={name}: cannot be read as a data set ({_line(error)})") from None
+    if constants.is_offline_mode():
+        commit = _taken_offline(found, settings.dataset_revision, name)
     rows = found.select(_range(settings, len(found)))
     return commit, [
         (f"{name} {split} row {index + 1}", row) for index, row in zip(_range(settings, len(found)), rows, strict=True)
     ]
+
+
+def _taken_offline(found: Dataset, asked: str, name: str) -> str | None:
+    """The commit that was loaded without the Hub; None: unknown. Raises HubError where it is not the one asked for.
+
+    Offline, datasets takes the newest that it has, whatever revision is asked for; its folder tells which one that was.
+    """
+    taken = next((Path(file["filename"]).parent.name for file in found.cache_files), "")
+    if not re.fullmatch(COMMIT, taken):
+        return asked if re.fullmatch(COMMIT, asked) else None
+    if re.fullmatch(COMMIT, asked) and taken != asked:
+        raise HubError(
+            f"DATASET_REVISION={asked}: is not in the cache, which has {taken} of {name}, and HF_HUB_OFFLINE is set; load it once "
+            "with the network"
+        )
+    return taken
 
 
 def _file(path: Path) -> Iterator[tuple[str, Row]]:
@@ -351,16 +376,26 @@ def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORED where there is no loss."""
+    """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORED where there is no loss.
+
+    sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once.
+    """
 
     dataset: Dataset
     truncated: int
     longest: int
     total: int
+    sha256: str
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the tokens."""
-        return dict(trained=len(self.dataset), truncated=self.truncated, longest=self.longest, tokens=self.total)
+        return dict(
+            trained=len(self.dataset),
+            truncated=self.truncated,
+            longest=self.longest,
+            tokens=self.total,
+            tokens_sha256=self.sha256,
+        )
 
     def describe(self) -> str:
         """One line for the console."""
@@ -399,8 +434,11 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
             "long; raise MAX_SEQ_LENGTH, for example MAX_SEQ_LENGTH=4096"
         )
     truncated = sum(mapped["truncated"])
-    lengths = [len(ids) for ids in mapped["input_ids"]]
-    return Tokens(mapped.remove_columns(["truncated"]), truncated, max(lengths), sum(lengths))
+    lengths, digest = [], hashlib.sha256()
+    for ids, labels in zip(mapped["input_ids"], mapped["labels"], strict=True):
+        lengths.append(len(ids))
+        digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
+    return Tokens(mapped.remove_columns(["truncated"]), truncated, max(lengths), sum(lengths), digest.hexdigest())
 
 
 def _template_text(

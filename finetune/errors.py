@@ -15,6 +15,10 @@ class Refusal(Exception):
         self.problems: Sequence[str] = problems
 
 
+class NotReproduced(Refusal):
+    """A recorded run, made again, gave other weights."""
+
+
 class SettingsError(Refusal):
     """A value, a name or a file that a setting points to is wrong."""
 

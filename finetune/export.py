@@ -21,19 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import files
 from finetune.errors import PreflightError, Refusal, SettingsError
-from finetune.hub import Source
+from finetune.hub import INDEX, TOKENIZER_FILES, Source, weight_files
 from finetune.preflight import safetensors_header
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from torch import Tensor
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-INDEX = "model.safetensors.index.json"
 
 
 class MergeError(Refusal):
@@ -61,7 +55,9 @@ def save_adapter(model: PeftModel, source: Source, output: Path) -> None:
     model.save_pretrained(partial, save_embedding_layers=False)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end
     config = json.loads((partial / "adapter_config.json").read_text())
-    config.update(base_model_name_or_path=source.name, revision=source.commit, inference_mode=True)
+    # of a folder only its own name: the adapter's bytes must not depend on where the base stood
+    name = source.name if source.commit else Path(source.name).absolute().name
+    config.update(base_model_name_or_path=name, revision=source.commit, inference_mode=True)
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])  # a set in PEFT: another order each time
     files.write_json(partial / "adapter_config.json", config)
@@ -91,11 +87,7 @@ def merge(source: Source, output: Path, device: str = "cpu") -> Merged:
             counts = list(pool.map(lambda job: _merge_shard(job[0], job[1], adapter, targets, device), work))
         size = sum(path.stat().st_size for _, path in work)
         if len(work) > 1:
-            weights = {name: path.name for shard, path in work for name in shard.names}
-            total = sum(_data_bytes(path) for _, path in work)
-            files.write_json(
-                partial / INDEX, dict(metadata=dict(total_size=total), weight_map=dict(sorted(weights.items())))
-            )
+            files.write_json(partial / INDEX, _index([path for _, path in work]))
         _write_configs(source, base, partial)
     except BaseException as error:  # whatever ends it: no half a model stays on the disk
         shutil.rmtree(partial, ignore_errors=True)
@@ -170,21 +162,7 @@ class Base:
                 f"MODEL_NAME={folder}: is a quantised model ({config['quantization_config'].get('quant_method')}), to which a "
                 "16-bit merge cannot add; name its 16-bit original, or set SAVE_MERGED=0"
             )
-        for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
-            if (folder / index).is_file():
-                names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-            elif (folder / single).is_file():
-                names = [single]
-            else:
-                continue
-            if missing := [name for name in names if not (folder / name).is_file()]:
-                raise SettingsError(
-                    f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again"
-                )
-            self.shards = [Shard(folder / name) for name in names]
-            break
-        else:
-            raise SettingsError(f"MODEL_NAME={folder}: has no model.safetensors and no index of one")
+        self.shards = [Shard(folder / name) for name in weight_files(folder)]
         self.folder = folder
         self.shapes = {name: shape for shard in self.shards for name, shape in shard.shapes.items()}
         self.size = sum(shard.path.stat().st_size for shard in self.shards)
@@ -224,16 +202,20 @@ class Adapter:
             found[_tensor_of(module, "bias", base, tuple(bias.shape))] = Target(module, "bias", False)
         return found
 
-    def apply(self, target: Target, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The merged tensor: weight + scale * B @ A in float64, rounded once to `dtype`; a trained bias as it is."""
+    def merged(self, target: Target | None, weight: Tensor, device: str) -> Tensor:
+        """weight + scale * B @ A in float64, rounded once, on the CPU; a trained bias as it is; no target: the weight."""
         import torch
 
+        dtype = _merged_dtype(weight.dtype)
+        if target is None:
+            return weight.to(dtype)
+        weight = weight.to(device)
         if target.part == "bias":
-            return self.biases[target.module].to(weight.device).to(dtype)
-        a, b = (factor.to(weight.device) for factor in self.pairs[target.module])
+            return self.biases[target.module].to(device).to(dtype).cpu()
+        a, b = (factor.to(device) for factor in self.pairs[target.module])
         delta = b @ a
         merged = (delta.T if target.transposed else delta).mul_(self.scale).add_(weight.to(torch.float64))
-        return merged.to(dtype)
+        return merged.to(dtype).cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,19 +272,78 @@ def _merged_dtype(dtype: torch.dtype) -> torch.dtype:
 def _merge_shard(
     shard: Shard, path: Path, adapter: Adapter, targets: dict[str, Target], device: str
 ) -> tuple[int, int, int]:
-    """Write one shard, then read it back and compare. Returns the counts (changed, rounded away, kept)."""
+    """Write one shard, then read it back and compare. Returns the counts of `_compare_shard`."""
 
     def merged(name: str, weight: Tensor) -> Tensor:
-        if name not in targets:
-            return weight.to(_merged_dtype(weight.dtype))
-        return adapter.apply(targets[name], weight.to(device), _merged_dtype(weight.dtype)).cpu()
+        return adapter.merged(targets.get(name), weight, device)
 
     _write_safetensors(path, shard, merged)
+    return _compare_shard(shard, path, adapter, targets, device)
+
+
+def compare(source: Source, output: Path) -> tuple[int, int, int]:
+    """Hold `output`/merged against base and `output`/adapter, one tensor at a time: the counts of `_compare_shard`.
+
+    Raises SettingsError that names, for each shard, the first tensor that is not what it must be.
+    """
+    base, adapter = Base(source.folder), Adapter(output / "adapter")
+    targets, folder = adapter.locate(base), output / "merged"
+    counts, problems = [], []
+    paths = [folder / name for name in _shard_names(len(base.shards))]
+    if weight_files(folder) != [path.name for path in paths]:
+        raise SettingsError(f"{folder}: has {', '.join(weight_files(folder))}; a merge of this base has {', '.join(path.name for path in paths)}")  # fmt: skip
+    if len(paths) > 1 and json.loads((folder / INDEX).read_text()) != _index(paths):
+        problems.append(f"{folder / INDEX}: does not say what is in the shards")
+    for shard, path in zip(base.shards, paths, strict=True):
+        try:
+            counts.append(_compare_shard(shard, path, adapter, targets, "cpu"))
+        except MergeError as error:
+            problems += [f"{folder}: {problem}" for problem in error.problems]
+    if problems:
+        raise SettingsError(*problems, f"{folder}: is not base + adapter; train again, or take a copy that is")
+    changed, rounded, kept = (sum(column) for column in zip(*counts, strict=True))
+    return changed, rounded, kept
+
+
+def structure(output: Path) -> str:
+    """What can be told of adapter and merged weights without their base, in words. One tensor at a time.
+
+    Raises SettingsError that names each tensor that is not finite, lacks its place, or is not where the index says.
+    """
+    problems, said = [], []
+    adapter = Adapter(output / "adapter") if (output / "adapter").is_dir() else None
+    merged = Base(output / "merged") if (output / "merged").is_dir() else None
+    if adapter:
+        said.append(f"the adapter's {len(adapter.pairs)} pairs are finite")
+        whole = [name for name, pair in adapter.pairs.items() if not all(bool(part.isfinite().all()) for part in pair)]
+        problems += [f"{output / 'adapter'}: {name} holds values that are not finite" for name in whole]
+    if merged:
+        said.append(f"the {len(merged.shapes)} merged tensors are complete and finite")
+        if len(merged.shards) > 1 and json.loads((output / "merged" / INDEX).read_text()) != _index([shard.path for shard in merged.shards]):  # fmt: skip
+            problems.append(f"{output / 'merged' / INDEX}: does not say what is in the shards")
+        for shard in merged.shards:
+            for name, tensor in shard.tensors():
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    problems.append(f"{shard.path}: {name} holds values that are not finite")
+    if adapter and merged:
+        said.append(f"each of the adapter's {len(adapter.locate(merged))} targets is there in its shape")
+    if problems:
+        raise SettingsError(*problems)
+    return ", ".join(said)
+
+
+def _compare_shard(
+    shard: Shard, path: Path, adapter: Adapter, targets: dict[str, Target], device: str
+) -> tuple[int, int, int]:
+    """Counts (changed, rounded away, kept) for the shard written at `path`. Raises MergeError for a tensor that is wrong."""
+    if (names := Shard(path).names) != shard.names:
+        wrong = sorted({*names} ^ {*shard.names}) or ["their order"]
+        raise MergeError(f"{path.name}: holds other tensors than the base's {shard.path.name}: {', '.join(wrong)}")
     changed = rounded = kept = 0
     for (name, weight), (written_name, written) in zip(shard.tensors(), Shard(path).tensors(), strict=True):
         before = weight.to(_merged_dtype(weight.dtype))
-        if written_name != name or written.shape != weight.shape:
-            raise MergeError(f"{path.name}: {written_name} stands where {name} must be")
+        if written_name != name or written.shape != weight.shape or written.dtype != before.dtype:
+            raise MergeError(f"{path.name}: {written_name} stands where {name} must be, or in another form")
         if written.is_floating_point() and not bool(written.isfinite().all()):
             raise MergeError(f"{path.name}: {name} holds values that are not finite")
         same = bool((written == before).all())
@@ -311,7 +352,7 @@ def _merge_shard(
                 raise MergeError(f"{path.name}: {name} has no adapter, but is not the base's")
             kept += 1
             continue
-        if not bool((written == merged(name, weight)).all()):
+        if not bool((written == adapter.merged(targets[name], weight, device)).all()):
             raise MergeError(f"{path.name}: {name} is not base + adapter")
         changed, rounded = changed + (not same), rounded + same
     return changed, rounded, kept
@@ -344,6 +385,13 @@ def _shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _index(paths: list[Path]) -> dict[str, Any]:
+    """The content of the index over these safetensors files."""
+    weights = {name: path.name for path in paths for name in safetensors_header(path)}
+    total = sum(_data_bytes(path) for path in paths)
+    return dict(metadata=dict(total_size=total), weight_map=dict(sorted(weights.items())))
 
 
 def _data_bytes(path: Path) -> int:

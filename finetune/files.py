@@ -17,10 +17,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`, for bytes."""
+def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
+    """As `write_text`, for bytes. mode: of the file, from before the first byte is in it."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as stream:
+        if mode is not None:
+            os.fchmod(stream.fileno(), mode)
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
@@ -53,9 +55,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def digests(folder: Path, leave_out: Collection[str] = ()) -> dict[str, str]:
-    """sha256 of every file below `folder` under its relative name. hashlib lets go of the GIL, so threads help."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name not in leave_out]
+def below(folder: Path) -> list[str]:
+    """Relative names of all files below `folder`, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def digests(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
+    """sha256 of the files `names`, else of every file below `folder`. hashlib lets go of the GIL, so threads help."""
+    names = below(folder) if names is None else sorted(names)
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))

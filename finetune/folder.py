@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune import files
 from finetune.errors import SettingsError
-from finetune.report import versions
+from finetune.report import below, versions
 from finetune.settings import Settings
 
 PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", "metrics.jsonl", "curves.png", "report.html", "samples.md", "README.md")  # fmt: skip
 
 
-def begin(settings: Settings, output: Path, decides: dict[str, Any]) -> bool:
+def begin(settings: Settings, output: Path, decides: Mapping[str, Any]) -> bool:
     """Make `output` ready for a run; True where this very run is complete there already.
 
-    decides: what decides the weights beside the settings (engine, model, data). Raises SettingsError with the differences
+    decides: what decides the weights beside the settings: engine, and all that went in. Raises SettingsError with the differences
     where `output` holds another run, unless OVERWRITE is set.
     """
     identity = {**settings.deciding(), **decides, **{f"version of {k}": v for k, v in versions().items()}}
@@ -63,16 +64,23 @@ def finished(output: Path) -> dict[str, Any]:
 def verify(output: Path) -> dict[str, Any]:
     """The record of the run in `output`, after every file was found to have the sha256 that the record says.
 
-    Raises SettingsError that names each missing and each changed file. Reads in small pieces; needs no GPU.
+    Raises SettingsError that names each missing, changed or added file. Reads in small pieces; needs no GPU.
     """
     record = finished(output)
-    problems = []
-    for name, expected in record["files"].items():
-        path = output / name
-        if not path.is_file():
-            problems.append(f"{path}: is missing")
-        elif files.sha256(path) != expected["sha256"]:
-            problems.append(f"{path}: is not the file that the run wrote (its sha256 differs)")
+    expected = record.get("files")
+    if not isinstance(expected, dict):
+        raise SettingsError(f"{output / 'run.json'}: has no list of files; take a copy as the run wrote it")
+    problems = [f"{output / name}: is missing" for name in expected if not (output / name).is_file()]
+    there = {name: (output / name).stat().st_size for name in expected if (output / name).is_file()}
+    for name, size in there.items():
+        if size != expected[name]["bytes"]:
+            problems.append(f"{output / name}: has {size:,} bytes, the run wrote {expected[name]['bytes']:,}")
+    same_size = [name for name, size in there.items() if size == expected[name]["bytes"]]
+    for name, found in files.digests(output, same_size).items():
+        if found != expected[name]["sha256"]:
+            problems.append(f"{output / name}: is not the file that the run wrote (its sha256 differs)")
+    # what lies beside the weights is loaded and published with them
+    problems += [f"{output / name}: is not of this run" for name in below(output) if name not in expected]
     if problems:
         raise SettingsError(
             *problems, f"OUTPUT_DIR={output}: is not whole; take a copy that is, or train again with OVERWRITE=1"

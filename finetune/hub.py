@@ -7,11 +7,13 @@ import dataclasses
 import errno
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune import files
 from finetune.errors import HubError, PreflightError, SettingsError
 from finetune.folder import verify
 from finetune.settings import Settings
@@ -20,6 +22,11 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 IGNORED = ["*/*", "consolidated*"]  # other forms of the same weights
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +37,40 @@ class Source:
     commit: str | None
     folder: Path
 
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """sha256 of each file that decides what is trained on and merged into, under its name.
+
+        It tells one model from another wherever its folder stands. The Hub's cache names a large file by its sha256, so such
+        a one is not read; a folder's files are, which warms them for loading.
+        """
+        names = [*weight_files(self.folder), "config.json", "generation_config.json", *TOKENIZER_FILES]
+        there = [name for name in names if (self.folder / name).is_file()]
+        blobs = {name: (self.folder / name).resolve().name for name in there if self.commit}
+        known = {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
+        return {**known, **files.digests(self.folder, [name for name in there if name not in known])}
+
     def config(self) -> dict[str, Any]:
         """The model's config.json; {} where there is none."""
         try:
             return dict(json.loads((self.folder / "config.json").read_text()))
         except (OSError, ValueError):
             return {}
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one."""
+    for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
+        if (folder / index).is_file():
+            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+        elif (folder / single).is_file():
+            names = [single]
+        else:
+            continue
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise SettingsError(f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again")
+        return names
+    raise SettingsError(f"MODEL_NAME={folder}: has no model.safetensors and no index of one")
 
 
 def token(settings: Settings) -> str | bool:
@@ -111,6 +146,20 @@ def fetch_model(settings: Settings) -> Source:
             f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)"
         )
     return Source(name, found.name, found)
+
+
+def cached(name: str, commit: str | None) -> Source | None:
+    """A model that is on this machine already: a folder, or a commit in the Hub's cache. No network; None: it is not."""
+    if Path(name).expanduser().is_dir():
+        return Source(name, None, Path(name).expanduser())
+    if commit is None:
+        return None
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Source(name, commit, Path(snapshot_download(name, revision=commit, local_files_only=True, token=False)))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
 
 
 @contextlib.contextmanager

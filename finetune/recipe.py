@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import answer, console, data, engines, export, folder, hub, preflight, report, train
+from finetune import answer, console, data, engines, export, folder, hub, inputs, preflight, report, train
 from finetune.settings import Settings
 
 
-def run(settings: Settings, environ: Mapping[str, str]) -> None:
-    """Train, verify, record, and publish if asked. A run that is complete already goes straight to publishing."""
+def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record | None = None) -> None:
+    """Train, verify, record, publish if asked; a complete run is only published. recorded: a run.json with the same inputs."""
     clock, output = report.Clock(), Path(settings.output_dir)
     visible = preflight.gpus(environ)
     print(*preflight.check(settings, visible, environ), sep="\n", flush=True)
@@ -30,7 +30,8 @@ def run(settings: Settings, environ: Mapping[str, str]) -> None:
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(rows, tokenizer, settings)
     console.phase("loading", f"data: {tokens.describe()}, {rows.dropped} dropped")
-    if folder.begin(settings, output, {"engine": choice.name, "commit": source.commit, "rows": rows.sha256}):
+    went_in = inputs.check(source, rows, tokens, recorded)
+    if folder.begin(settings, output, {"engine": choice.name, **went_in}):
         print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
         return hub.publish(settings)
     clock.mark("data_s")
@@ -55,7 +56,8 @@ def run(settings: Settings, environ: Mapping[str, str]) -> None:
     if not settings.save_adapter:
         shutil.rmtree(output / "adapter")
     clock.mark("export_s")
-    record = report.record(settings, choice, source, rows, tokens, fit, merged, (before, after), visible, clock)
+    answers, machine = (before, after), report.environment(visible[0] if visible else None, environ)
+    record = report.record(settings, choice, source, rows, tokens, fit, merged, answers, machine, clock)
     report.write(output, record, fit.metrics)
     print(report.summary(output, record), flush=True)
     hub.publish(settings)

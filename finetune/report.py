@@ -12,10 +12,12 @@ import platform
 import resource
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import __version__, files
+from finetune.libraries import NUMERIC
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from finetune.settings import Settings
     from finetune.train import Fit
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of run.json; the schema is run.schema.json beside this file
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface-hub", "tokenizers", "safetensors", "unsloth", "unsloth-zoo", "triton", "numpy")  # fmt: skip
 CURVES = (
     ("loss", "training loss"),
@@ -52,9 +54,12 @@ class Clock:
 
 def record(
     settings: Settings, choice: Choice, source: Source, rows: Rows, tokens: Tokens, fit: Fit, merged: Merged | None,
-    answers: tuple[str, str], visible: list[Gpu], clock: Clock,
+    answers: tuple[str, str], machine: dict[str, Any], clock: Clock,
 ) -> dict[str, Any]:  # fmt: skip
-    """The content of run.json but for `files`: all that decided the result, and what came of it."""
+    """The content of run.json but for `files`: all that decided the result, and what came of it.
+
+    machine: as `environment` gives it.
+    """
     timings = {
         **clock.seconds,
         "first_step_s": round(fit.first_step_s, 2),
@@ -64,7 +69,7 @@ def record(
         schema_version=SCHEMA_VERSION,
         settings=settings.record(),
         engine=dataclasses.asdict(choice),
-        model=dict(name=source.name, commit=source.commit),
+        model=dict(name=source.name, commit=source.commit, files=source.digests),
         dataset={**rows.record(), **tokens.record()},
         training=fit.record(),
         memory=dict(
@@ -73,7 +78,7 @@ def record(
         ),
         verification=merged.record() if merged else None,
         samples=dict(question=settings.sample_question, before=answers[0], after=answers[1]),
-        environment=environment(visible[0] if visible else None),
+        environment=machine,
         timings=timings,
     )
 
@@ -106,7 +111,7 @@ def _start(text: str) -> str:
     return flat if len(flat) <= 200 else flat[:200] + " …"
 
 
-def environment(gpu: Gpu | None) -> dict[str, Any]:
+def environment(gpu: Gpu | None, environ: Mapping[str, str]) -> dict[str, Any]:
     """Everything of the machine and the program that can decide a result, as JSON values."""
     import torch
 
@@ -126,9 +131,21 @@ def environment(gpu: Gpu | None) -> dict[str, Any]:
         gpu_capability=".".join(map(str, gpu.capability)) if gpu else None,
         driver=gpu.driver if gpu else None,
         cuda=torch.version.cuda if gpu else None,
+        cpu=_cpu(),
         cpu_threads=torch.get_num_threads(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        variables={name: environ[name] for name in NUMERIC if environ.get(name)},
     )
+
+
+def _cpu() -> str | None:
+    """The CPU's kind. A virtual machine may hide the name; family and model tell the generation all the same."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return None
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"{said.get('model name')}, family {said.get('cpu family')}, model {said.get('model')}"
 
 
 def versions() -> dict[str, str]:
@@ -159,7 +176,7 @@ def write(output: Path, record: dict[str, Any], metrics: list[dict[str, float]])
     curves = draw_curves(metrics)
     files.write_bytes(output / "curves.png", curves)
     files.write_text(output / "samples.md", samples(record))
-    weights = {name: entry(output / name) for name in _below(output, "adapter", "merged")}
+    weights = {name: entry(output / name) for name in below(output)}
     record = {**record, "files": weights}
     for folder in ("adapter", "merged"):
         if (output / folder).is_dir():
@@ -167,7 +184,7 @@ def write(output: Path, record: dict[str, Any], metrics: list[dict[str, float]])
     files.write_text(output / "README.md", card(record, "adapter" if (output / "adapter").is_dir() else "merged"))
     files.write_text(output / "report.html", page(record, curves))
     own = ["README.md", "curves.png", "metrics.jsonl", "report.html", "samples.md"]
-    record["files"] = {name: entry(output / name) for name in [*_below(output, "adapter", "merged"), *own]}
+    record["files"] = {name: entry(output / name) for name in [*below(output), *own]}
     files.write_json(output / "run.json", record)
 
 
@@ -176,9 +193,9 @@ def entry(path: Path) -> dict[str, Any]:
     return dict(sha256=files.sha256(path), bytes=path.stat().st_size)
 
 
-def _below(output: Path, *folders: str) -> list[str]:
-    found = (path for folder in folders for path in (output / folder).rglob("*") if path.is_file())
-    return sorted(str(path.relative_to(output)) for path in found)
+def below(output: Path) -> list[str]:
+    """Names of all files in `output`/adapter and `output`/merged, relative to `output`."""
+    return [f"{folder}/{name}" for folder in ("adapter", "merged") for name in files.below(output / folder)]
 
 
 def draw_curves(metrics: list[dict[str, float]]) -> bytes:
@@ -238,6 +255,10 @@ def card(record: dict[str, Any], kind: str) -> str:
     what = "LoRA adapter" if kind == "adapter" else "Merged 16-bit weights (base + adapter)"
     load = (
         "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER_OR_REPOSITORY)"
+        if kind == "adapter" and _on_hub(record["model"])
+        # adapter_config.json does not say where a local base stands
+        else "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE_FOLDER), FOLDER_OR_REPOSITORY)"
         if kind == "adapter"
         else "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER_OR_REPOSITORY)"
     )

@@ -125,6 +125,7 @@ class Settings:
     save_adapter: bool = setting(True, "Keep the adapter.", free=True)
     save_merged: bool = setting(True, "Write the merged 16-bit weights.", free=True)
     overwrite: bool = setting(False, "Start afresh where OUTPUT_DIR holds another run.", free=True)
+    tolerance: float | None = setting(None, "For `reproduce`: relative difference of the losses that is accepted where the bytes differ, as between GPU models.", low=0, high=1, example="0.01", free=True)  # fmt: skip
 
     # Hub
     hf_token: Secret | None = setting(None, "Token for private models and for pushing; HF_TOKEN_FILE reads it from a file.", free=True)  # fmt: skip

@@ -100,7 +100,12 @@ def fit(
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = trainer.clock = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if resume is not None and checkpoints.is_last(
+            resume
+        ):  # killed while merging: transformers would make one update more
+            trainer._load_from_checkpoint(str(resume))
+        else:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.progress.close()
     seconds = time.perf_counter() - began
     if trainer.stop is not None:

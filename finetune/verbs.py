@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import answer, console, folder, hub, preflight, recipe
+from finetune import answer, console, hub, pins, preflight, recipe, reproduce, verify
 from finetune.settings import Settings
 
 
-def call(verb: str, settings: Settings, environ: Mapping[str, str], question: str | None) -> None:
-    """Run `verb`. Raises Refusal where it cannot be done."""
+def call(verb: str, settings: Settings, environ: Mapping[str, str], word: str | None) -> None:
+    """Run `verb` with the word that some take. Raises Refusal where it cannot be done."""
     console.beat_in(Path(environ.get("FINETUNE_STATE_DIR") or "/tmp/finetune"), settings.health_timeout)
     if verb == "train":
         recipe.run(settings, environ)
     elif verb == "check":
         print(*preflight.check(settings, preflight.gpus(environ), environ), "settings: all good", sep="\n")
     elif verb == "ask":
-        answer.ask(question or "", settings)
+        answer.ask(word or "", settings)
     elif verb == "push":
         hub.login(settings)
         hub.publish(settings)
+    elif verb == "reproduce":
+        reproduce.run(Path(word or ""), settings, environ)
+    elif verb == "lock-inputs":
+        for line in pins.lock(settings, environ, Path(".env")):
+            print(line, flush=True)
     elif verb == "verify":
-        record = folder.verify(Path(settings.output_dir))
-        print(f"{settings.output_dir}: all {len(record['files'])} files are as the run wrote them")
+        for line in verify.run(settings):
+            print(line, flush=True)

@@ -53,7 +53,18 @@ def train(model: Path, output: Path, **values: Any) -> dict[str, Any]:
     """A quick run that must succeed; its run.json."""
     answer = call("train", **{**QUICK, "MODEL_NAME": model, "OUTPUT_DIR": output, **values})
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    return dict(json.loads((output / "run.json").read_text()))
+    record = dict(json.loads((output / "run.json").read_text()))
+    assert not schema_errors(record)
+    return record
+
+
+def schema_errors(record: Any) -> list[str]:
+    """Where `record` is not what the published schema of run.json says."""
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads((ROOT / "finetune" / "run.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    return [f"{error.json_path}: {error.message}" for error in Draft202012Validator(schema).iter_errors(record)]
 
 
 def logits(base: Path, output: Path, ids: Any) -> tuple[Any, Any]:

@@ -100,6 +100,83 @@ def test_a_pinned_revision_is_what_is_loaded(hub: HubServer, tmp_path: Path, lla
     assert json.loads((tmp_path / "out" / "run.json").read_text())["model"]["commit"] == first
 
 
+def test_lock_inputs_writes_both_commits_and_keeps_the_rest_of_the_file(hub: HubServer, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    file = home / ".env"
+    before = (
+        "# mine\nMODEL_NAME=org/tiny\r\n\n  export MODEL_REVISION = 'main' # pinned later\nDATASET_NAME=\"org/rows\"\n"
+        "NOTE='two\nDATASET_REVISION=not this\n'\nHF_TOKEN=hf_read\nLORA_R=8"
+    )
+    file.write_bytes(before.encode())
+    file.chmod(0o640)
+    model, rows = (
+        hub.repos[kind, name].branches["main"].sha for kind, name in (("model", "org/tiny"), ("dataset", "org/rows"))
+    )
+    reach = dict(HF_HUB_OFFLINE=0, HF_ENDPOINT=hub.url, HF_HOME=tmp_path / "hf", NO_PROXY="*", no_proxy="*")
+    answer = conftest.call("lock-inputs", cwd=home, **reach)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert (
+        f".env: MODEL_REVISION={model} (main until now), of org/tiny" in answer.stdout and "note:" not in answer.stdout
+    )
+    assert f".env: DATASET_REVISION={rows} (main until now), of org/rows" in answer.stdout
+    after = file.read_bytes().decode()
+    assert after == before.replace("'main'", f"'{model}'") + f"\r\nDATASET_REVISION={rows}\r\n"
+    assert file.stat().st_mode & 0o777 == 0o640 and [p.name for p in home.iterdir()] == [".env"]
+
+    hub.add("model", "org/tiny", {"config.json": b"{}"})  # names move on, pins do not
+    again = conftest.call("lock-inputs", cwd=home, **reach)
+    assert again.stdout.count("(as it was)") == 2 and file.read_bytes().decode() == after
+    moved = conftest.call("lock-inputs", cwd=home, **reach, MODEL_REVISION="main")
+    assert "wins over .env" in moved.stdout and model not in file.read_text() and rows in file.read_text()
+
+    whole = file.read_bytes()
+    local = conftest.call("lock-inputs", f"MODEL_NAME={home}", "DATASET_NAME=samples", cwd=home, **reach)
+    assert local.returncode == 0 and local.stdout.count("has no revision") == 2
+    for code, words, values in (
+        (4, ["HF_HUB_OFFLINE", "MODEL_NAME=org/tiny", "DATASET_NAME=org/rows"], dict(HF_HUB_OFFLINE=1)),
+        (4, ["cannot be reached"], dict(HF_ENDPOINT="http://127.0.0.1:9")),
+        (2, ["MODEL_NAME=org/absent", "DATASET_NAME=org/gone"], dict(MODEL_NAME="org/absent", DATASET_NAME="org/gone")),
+    ):
+        refused = conftest.call("lock-inputs", cwd=home, **{**reach, **values})
+        assert refused.returncode == code and "Traceback" not in refused.stderr, refused.stderr
+        assert all(word in refused.stderr for word in words), refused.stderr
+        assert "hf_read" not in refused.stdout + refused.stderr
+    assert file.read_bytes() == whole
+
+
+def test_a_pushed_run_is_reproduced_at_its_commits_from_its_record_and_not_pushed_again(
+    hub: HubServer, tmp_path: Path, llama: Path
+) -> None:
+    """Both names have moved on since; in the end there is neither Hub nor dataset commit but in the cache."""
+    push = dict(HF_TOKEN="hf_write", PUSH_TO_HUB=1, HUB_MODEL_ID="tester/out")
+    answer = call(hub, tmp_path, "train", **push)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert not conftest.schema_errors(record)
+    whole = {k: v.hex() for k, v in hub.files("model", "tester/out").items()}
+    hub.add("model", "org/tiny", llama)
+    later = hub.add("dataset", "org/rows", {"zh.jsonl": (SAMPLES / "en.jsonl").read_bytes()})
+    before = len(hub.seen("POST "))
+    reach = dict(HF_HUB_OFFLINE=0, HF_ENDPOINT=hub.url, NO_PROXY="*", no_proxy="*")
+    command = ["reproduce", str(tmp_path / "out" / "run.json")]
+    again = conftest.call(*command, **push, **reach, HF_HOME=tmp_path / "new")
+    assert again.returncode == 0 and "REPRODUCED" in again.stdout, again.stdout + again.stderr
+    assert not [entry for entry in hub.seen("POST ")[before:] if "commit" in entry.path or "create" in entry.path]
+    assert {k: v.hex() for k, v in hub.files("model", "tester/out").items()} == whole
+
+    offline = conftest.call(*command, HF_HOME=tmp_path / "new", OUTPUT_DIR=tmp_path / "third")
+    assert offline.returncode == 0 and "complete already" in offline.stdout, offline.stdout + offline.stderr
+    plain = call(hub, tmp_path, "train", HF_HUB_OFFLINE=1, OUTPUT_DIR=tmp_path / "plain", SAVE_MERGED=0)
+    assert plain.returncode == 0, plain.stdout + plain.stderr
+    taken = json.loads((tmp_path / "plain" / "run.json").read_text())["dataset"]["commit"]
+    assert taken == record["dataset"]["commit"]  # and not the word main
+    other = call(
+        hub, tmp_path, "train", HF_HUB_OFFLINE=1, DATASET_REVISION=later, MODEL_REVISION=record["model"]["commit"]
+    )
+    assert other.returncode == 4 and f"DATASET_REVISION={later}: is not in the cache" in other.stderr, other.stderr
+
+
 @pytest.mark.parametrize(
     ("values", "code", "words"),
     [

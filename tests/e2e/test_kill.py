@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 
 from conftest import QUICK, ROOT, call, environment, train
+from finetune import checkpoints, files
 
 WEIGHTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors.index.json")
+TOP = {"README.md", "curves.png", "metrics.jsonl", "report.html", "run.json", "samples.md"}
 LONG = {**QUICK, "MAX_STEPS": "12", "SAVE_STEPS": "3", "MAX_SEQ_LENGTH": "128"}
 
 
@@ -42,8 +45,15 @@ def weights(record: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return train(llama, tmp_path_factory.mktemp("whole") / "out", **LONG)
+def undisturbed_folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    train(llama, output, **LONG)
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_folder: Path) -> dict[str, Any]:
+    return dict(json.loads((undisturbed_folder / "run.json").read_text()))
 
 
 def test_sigterm_saves_a_checkpoint_and_the_next_run_goes_on(
@@ -71,18 +81,103 @@ def test_sigterm_while_loading(llama: Path, tmp_path: Path) -> None:
     assert process.returncode == 143
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", "3"))))
-def test_sigkill_at_a_random_moment(llama: Path, tmp_path: Path, undisturbed: dict[str, Any], seed: int) -> None:
-    """KILLS=10 makes ten of them."""
-    seconds = undisturbed["timings"]["total_s"]
-    process = start(llama, tmp_path)
-    time.sleep(random.Random(seed).uniform(0.4, 1.0) * seconds)
+def killed_at(moment: str, model: Path, output: Path, seconds: float, rng: random.Random) -> bool:
+    """Start the run and kill it at `moment`: loading, after a step, or as soon as a path below `output` is there.
+
+    Returns whether it was hit: whether what was being written still had its temporary name. seconds: what loading takes.
+    """
+    before = changed(output / moment)  # what an earlier kill left there is not what this run writes
+    process = start(model, output)
+    if moment == "loading":
+        time.sleep(rng.uniform(0.1, 0.9) * seconds)
+    elif moment == "step":
+        read_until(process, "step ")
+        time.sleep(rng.uniform(0, 0.1))
+    else:
+        while changed(output / moment) in (None, before):
+            assert process.poll() is None, f"{moment} never came:\n{process.communicate()[0]}"
+            time.sleep(0.0003)
+        time.sleep(rng.uniform(0, 0.003))
     process.kill()
     process.communicate()
-    for path in tmp_path.glob("*"):
-        assert path.name.endswith((".partial", ".old")) or path.name in ("checkpoints", "adapter", "merged", "run.json", "metrics.jsonl", "curves.png", "samples.md", "report.html", "README.md")  # fmt: skip
+    return "partial" not in moment or changed(output / moment) not in (None, before)
+
+
+def changed(path: Path) -> int | None:
+    """When what is at `path` was last changed, in ns; None: it is not there."""
+    try:
+        return path.stat().st_ctime_ns
+    except FileNotFoundError:
+        return None
+
+
+def assert_whole(output: Path, wanted: dict[str, str]) -> None:
+    """What has its final name is complete: known weights have their hash, checkpoints the hashes they were written with."""
+    names = {"checkpoints", *TOP, "adapter", "merged"}
+    assert not [p.name for p in output.iterdir() if p.name not in names and not p.name.endswith((".partial", ".old"))]
+    for name, sha in wanted.items():
+        assert not (output / name).parent.exists() or files.sha256(output / name) == sha, name
+    for folder in checkpoints.folders(output / "checkpoints"):
+        expected = json.loads((folder / "sha256.json").read_text())
+        assert files.digests(folder, expected) == expected and "optimizer.pt" in expected
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", "1"))))
+def test_ten_kills_one_after_the_other(llama: Path, tmp_path: Path, undisturbed: dict[str, Any], seed: int) -> None:
+    """Each is followed by the same command, which meets the next one; the last of them ends in the same bytes.
+
+    KILLS=5 makes five times ten, at other moments.
+    """
+    rng, timings = random.Random(seed), undisturbed["timings"]
+    loading = timings["import_s"] + timings["data_s"] + timings["load_s"]
+    checkpoint, merging = "checkpoints/partial", "merged.partial/model-00002-of-00003.safetensors"
+    moments = [
+        "loading",
+        checkpoint,
+        "step",
+        checkpoint,
+        "loading",
+        "step",
+        "adapter.partial",
+        merging,
+        "loading",
+        "merged",
+    ]
+    for moment in moments:
+        for _ in range(3):  # a few milliseconds are easily missed on a busy machine
+            hit = killed_at(moment, llama, tmp_path, loading, rng)
+            assert not (tmp_path / "run.json").exists()
+            assert_whole(tmp_path, weights(undisturbed))
+            if hit:
+                break
+        assert hit, moment
     record = train(llama, tmp_path, **LONG)
-    assert weights(record) == weights(undisturbed)
+    assert record["training"]["resumed_from"] == 12
+    assert record["training"]["losses"] == undisturbed["training"]["losses"] and weights(record) == weights(undisturbed)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoints", *TOP, "adapter", "merged"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "unlisted"])
+def test_each_damage_to_a_checkpoint_is_named(
+    undisturbed_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    folder = Path(shutil.copytree(undisturbed_folder / "checkpoints", tmp_path / "checkpoints"))
+    older, newest = checkpoints.folders(folder)
+    assert checkpoints.newest(folder) == newest and capsys.readouterr().out == ""
+    target = newest / ("sha256.json" if damage == "unlisted" else "adapter_model.safetensors")
+    content = target.read_bytes()
+    if damage == "missing":
+        target.unlink()
+    else:
+        target.write_bytes(
+            content[:-1] + bytes([content[-1] ^ 1]) if damage == "flipped" else content[: len(content) // 2]
+        )
+    assert checkpoints.newest(folder) == older
+    said = capsys.readouterr().out
+    problem = "has no readable list of hashes" if damage == "unlisted" else f"damaged or missing: {target.name}"
+    assert f"{newest}: {problem}; the checkpoint before it is used" in said
+    (older / "optimizer.pt").write_bytes(b"")
+    assert checkpoints.newest(folder) is None and f"{older}: damaged" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, environment, logits
+from conftest import ROOT, environment, logits, schema_errors
 
 pytestmark = pytest.mark.timeout(900)  # two minutes where nothing else runs
 
@@ -32,6 +32,7 @@ def test_the_loss_falls_in_real_4_bits_within_2_gb(smoke: dict[str, Any]) -> Non
     assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.5
     assert smoke["record"]["settings"]["LOAD_IN_4BIT"] is True
     assert smoke["record"]["memory"]["process_gib"] < 2.0
+    assert not schema_errors(smoke["record"])
 
 
 def test_it_ends_by_telling_where_everything_is(smoke: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from conftest import QUICK, call, logits, train
+from conftest import QUICK, call, logits, schema_errors, train
 from finetune import data, files
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -97,6 +98,25 @@ def test_the_record(done: dict[str, Any]) -> None:
     )
 
 
+def test_the_record_keeps_to_its_schema(done: dict[str, Any]) -> None:
+    record = done["record"]
+    assert not schema_errors(record)
+    for section in record:
+        assert schema_errors({k: v for k, v in record.items() if k != section}), section
+        if isinstance(record[section], dict) and section not in ("settings", "timings", "files"):
+            for key in record[section].keys() - {"gb", "seconds", "program", "gpu_capability", "plan"}:
+                less = {k: v for k, v in record[section].items() if k != key}
+                assert schema_errors({**record, section: less}), (section, key)
+    name = next(iter(record["files"]))
+    for section, change in (
+        ("files", {name: {"sha256": "0" * 63, "bytes": 1}}), ("files", {"../run.json": record["files"][name]}),
+        ("settings", {"HF_TOKEN": "hf_SecretValue"}), ("settings", {"MAX_STEPS": {}}), ("model", {"commit": "main"}),
+        ("model", {"stray": 1}), ("training", {"losses": ["1.0"]}), ("environment", {"lock_sha256": "latest"}),
+    ):  # fmt: skip
+        assert schema_errors({**record, section: {**record[section], **change}}), (section, change)
+    assert not schema_errors({**record, "plan": {}, "training": {**record["training"], "more": 1}})
+
+
 def test_pictures_and_report(done: dict[str, Any]) -> None:
     assert (done["output"] / "curves.png").read_bytes().startswith(b"\x89PNG")
     page = (done["output"] / "report.html").read_text()
@@ -145,13 +165,34 @@ def test_asking_the_trained_model(done: dict[str, Any]) -> None:
 
 
 def test_two_processes_give_the_same_bytes_whether_asked_or_not(llama: Path, tmp_path: Path) -> None:
-    """The answer before training must leave no trace: bitsandbytes repacks CPU weights in evaluation mode."""
-    one = train(llama, tmp_path / "one", MAX_NEW_TOKENS=5)
-    two = train(llama, tmp_path / "two")
+    """The answer before training must leave no trace: bitsandbytes repacks CPU weights in evaluation mode.
+
+    Nor may the place of the base, the number of tokenizing processes (with rows enough for them to be started), the order of
+    a set, or the day.
+    """
+    lines = (Path(data.__file__).parent / "samples" / "en.jsonl").read_text() * 20
+    (tmp_path / "rows.jsonl").write_text(lines)
+    moved = Path(shutil.copytree(llama, tmp_path / "elsewhere" / llama.name))
+    rows = dict(DATASET_NAME=tmp_path / "rows.jsonl", DATASET_CONFIG="", MAX_SEQ_LENGTH=192)
+    one = train(llama, tmp_path / "one", **rows, MAX_NEW_TOKENS=5, DATASET_NUM_PROC=1, PYTHONHASHSEED=1)
+    two = train(moved, tmp_path / "two", **rows, DATASET_NUM_PROC=4, PYTHONHASHSEED=2)
+    assert (
+        one["dataset"]["trained"] > 250
+        and one["dataset"] == two["dataset"]
+        and one["model"]["files"] == two["model"]["files"]
+    )
     assert one["training"]["losses"] == two["training"]["losses"]
-    for name, entry in two["files"].items():
-        if name.startswith(("adapter/", "merged/")) and not name.endswith("README.md"):
-            assert one["files"][name] == entry, name
+    compared = [
+        name for name in two["files"] if name.startswith(("adapter/", "merged/")) and not name.endswith("README.md")
+    ]
+    assert len([name for name in compared if name.endswith(".safetensors")]) == 4
+    for name in compared:
+        assert one["files"][name] == two["files"][name], name
+    text = (tmp_path / "one" / "adapter" / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert text == json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    assert config["base_model_name_or_path"] == llama.name
+    assert "/" not in text and not re.search(r"20\d\d-\d\d|\d{10}", text), text
 
 
 def test_gpt2_stores_its_weights_the_other_way_round(gpt2: Path, tmp_path: Path) -> None:

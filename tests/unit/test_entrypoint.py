@@ -21,7 +21,9 @@ def call(*words: str, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, env={**clean, **environ}, cwd=cwd, timeout=60)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["env"], ["train", "MAX_STEPS=0"], ["check"], ["FOO=1"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["env"], ["train", "MAX_STEPS=0"], ["check"], ["FOO=1"], ["reproduce", "absent.json"]]
+)
 def test_light_verbs_import_nothing_heavy(words: list[str]) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import entrypoint\n"

@@ -1,0 +1,54 @@
+"""What goes into a run: the model's files, the rows, the tokens made of them. Known by their hashes, wherever they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import SettingsError
+
+if TYPE_CHECKING:
+    from finetune.data import Rows, Tokens
+    from finetune.hub import Source
+
+Record = Mapping[str, Any]  # the content of a run.json
+MODEL_FILE = "model file "
+
+
+def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> dict[str, Any]:
+    """Name -> sha256 (or commit) of all that goes in.
+
+    wanted: the run.json whose inputs these have to be. Raises SettingsError that names what is another one, and its setting.
+    """
+    found = _flat(source.commit, source.digests, rows.sha256, tokens.sha256)
+    if wanted is None:
+        return found
+    model, dataset = wanted["model"], wanted["dataset"]
+    recorded = _flat(model["commit"], model["files"], dataset["sha256"], dataset["tokens_sha256"])
+    recorded["commit"] = found["commit"]  # equal files are the same model, whatever holds them
+    differ = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
+    if differ:
+        raise SettingsError(*(_sentence(name, recorded.get(name), found.get(name), source, rows) for name in differ))
+    return found
+
+
+def _flat(commit: str | None, model: Mapping[str, str], rows: str, tokens: str) -> dict[str, Any]:
+    return {"commit": commit, **{MODEL_FILE + name: sha for name, sha in model.items()}, "rows": rows, "tokens": tokens}
+
+
+def _sentence(name: str, recorded: str | None, found: str | None, source: Source, rows: Rows) -> str:
+    was = f"sha256 {(recorded or 'none')[:12]} recorded, {(found or 'none')[:12]} here"
+    if name.startswith(MODEL_FILE):
+        return (
+            f"MODEL_NAME={source.name}: {name.removeprefix(MODEL_FILE)} is not that of the recorded run ({was}); give the same "
+            "model, for example MODEL_NAME=/where/it/is/now"
+        )
+    if name == "rows":
+        return (
+            f"DATASET_NAME={rows.name}: these are not the rows of the recorded run ({was}); give the same ones, for example "
+            "DATASET_NAME=/where/they/are/now.jsonl"
+        )
+    return (
+        f"tokens: rows and model are checked by themselves, but the tokens made of them are not those of the recorded run ({was}); "
+        "another text in the file PROMPT_TEMPLATE, another MAX_SEQ_LENGTH or TRAIN_ON, or another version of tokenizers does that"
+    )

@@ -1,0 +1,131 @@
+"""Reading a record: what is refused, what is restored; and the verdict on two records."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import reproduce
+from finetune.errors import NotReproduced, SettingsError
+from finetune.settings import Settings
+
+SHA = "0123456789abcdef" * 4
+TEXT = " \"in quotes\", 'both', with a comma "
+
+
+def record(**settings: Any) -> dict[str, Any]:
+    """As much of a run.json as is read, from settings that a program can have."""
+    values = Settings.from_env({"NUM_TRAIN_EPOCHS": "1.5", "DATASET_NAME": "org/rows", "PUSH_TO_HUB": "1", "HUB_MODEL_ID": "org/out", "HF_TOKEN": "x", "REPORT_TO": "wandb", "OVERWRITE": "1", "TARGET_MODULES": "q_proj,v_proj"}).record()  # fmt: skip
+    return {
+        "schema_version": 2, "settings": {**values, "SAMPLE_QUESTION": TEXT, **settings}, "engine": {"name": "transformers"},
+        "model": {"commit": "a" * 40, "files": {}}, "dataset": {"commit": None, "sha256": SHA, "tokens_sha256": SHA},
+        "training": {"losses": [2.0, 1.5, 1.25]},
+        "environment": {"gpu": None, "cpu_threads": 3, "packages": {"torch": "2"}, "variables": {"MKL_CBWR": "AVX2"}},
+        "files": {name: {"sha256": SHA, "bytes": 1} for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "run.md")},
+    }  # fmt: skip
+
+
+def written(folder: Path, content: Any) -> Path:
+    path = folder / "run.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_settings_come_from_the_record_and_the_line_alone(tmp_path: Path) -> None:
+    path = written(tmp_path, record())
+    environ = {"SEED": "9", "HF_TOKEN": "secret", "HF_HOME": "/cache", "MKL_CBWR": "other", "ATEN_CPU_CAPABILITY": "avx2", "TOLERANCE": "1"}  # fmt: skip
+    layered, line = reproduce.restore(path, environ, {"LORA_R": "4"})
+    assert layered == {"HF_TOKEN": "secret", "HF_HOME": "/cache", "MKL_CBWR": "AVX2", "OMP_NUM_THREADS": "3"}
+    settings = Settings.from_env(layered, line)
+    wanted = {
+        **record()["settings"],
+        "LORA_R": 4,
+        "ENGINE": "transformers",
+        "MODEL_REVISION": "a" * 40,
+        "PUSH_TO_HUB": False,
+    }
+    wanted |= {"HUB_MODEL_ID": None, "REPORT_TO": "none", "OVERWRITE": False, "OUTPUT_DIR": f"{tmp_path}-reproduced"}
+    assert settings.record() == wanted and settings.sample_question == TEXT
+
+
+def test_a_record_under_another_name_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    path = written(tmp_path, record()).rename(tmp_path / "smoke.json")
+    assert reproduce.restore(path, {}, {})[1]["OUTPUT_DIR"] == str(tmp_path / "smoke-reproduced")
+
+
+@pytest.mark.parametrize("given", ["{}", "{}/../{}"])
+def test_the_folder_of_the_record_is_never_written_to(tmp_path: Path, given: str) -> None:
+    path = written(tmp_path, record())
+    with pytest.raises(SettingsError, match="folder of the recorded run"):
+        reproduce.restore(path, {}, {"OUTPUT_DIR": given.format(tmp_path, tmp_path.name), "OVERWRITE": "1"})
+
+
+def test_nothing_is_pushed(tmp_path: Path) -> None:
+    path = written(tmp_path, record())
+    with pytest.raises(SettingsError, match="publishes nothing"):
+        reproduce.restore(path, {}, {"PUSH_TO_HUB": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ["cannot be read as JSON"]), ("[]", ["no schema_version"]), ("{}", ["no schema_version"]),
+        ({"schema_version": 1, "environment": {"program": "0.1.0", "revision": "abc"}}, ["schema_version 1", "revision abc"]),
+        ({"schema_version": 3}, ["schema_version 3, and this program reads 2"]),
+        ({**record(), "files": {"run.md": {"sha256": SHA}}}, ["holds no weights"]),
+        ({**record(), "model": {"commit": 1}, "training": []}, ["model.commit is missing", "model.files is missing", "training is missing"]),
+    ],
+)  # fmt: skip
+def test_records_that_cannot_be_used(tmp_path: Path, content: Any, words: list[str]) -> None:
+    path = written(tmp_path, content)
+    with pytest.raises(SettingsError) as caught:
+        reproduce.restore(path, {}, {})
+    assert all(word in str(caught.value) for word in [*words, str(path)]), caught.value
+
+
+def test_no_record_at_all(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"run\.json: there is no such file"):
+        reproduce.restore(tmp_path, {}, {})
+
+
+def test_a_setting_that_this_program_does_not_have(tmp_path: Path) -> None:
+    layered, line = reproduce.restore(written(tmp_path, record(FROM_LATER="1")), {}, {})
+    with pytest.raises(SettingsError, match="FROM_LATER"):
+        Settings.from_env(layered, line)
+
+
+def changed(losses: list[float] | None = None, sha: str = "f" * 64, **settings: Any) -> dict[str, Any]:
+    made = copy.deepcopy(record(**settings))
+    made["files"]["adapter/adapter_model.safetensors"]["sha256"] = sha
+    made["training"]["losses"] = losses or made["training"]["losses"]
+    return made
+
+
+def test_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = record()
+    moved = changed(sha=SHA, MODEL_NAME="/elsewhere", OUTPUT_DIR="/there")
+    moved["environment"]["packages"]["torch"] = "3"
+    said = reproduce.judge(tmp_path, old, moved, None)
+    assert "REPRODUCED" in said and "without effect" in said and "package torch  2  3" in said and said.count(SHA) == 2
+    with pytest.raises(NotReproduced):
+        reproduce.judge(tmp_path, old, changed([2.0, 1.515, 1.25]), None)
+    assert "first difference at step 2: recorded 1.5, here 1.515, relative difference 0.0099; the largest" in capsys.readouterr().out  # fmt: skip
+    assert "WITHIN TOLERANCE" in reproduce.judge(tmp_path, old, changed([2.0, 1.515, 1.25]), 0.01)
+    for made, tolerance in (
+        (changed([2.0, 1.515, 1.25]), 0.009), (changed([2.0, 1.5]), 0.01), (changed([2.0, 1.515, 1.25], LORA_R=4), 0.01),
+        (changed(), None),
+    ):  # fmt: skip
+        with pytest.raises(NotReproduced):
+            reproduce.judge(tmp_path, old, made, tolerance)
+    assert "losses: equal in all 3 steps" in capsys.readouterr().out
+
+
+def test_a_missing_shard_is_a_difference(tmp_path: Path) -> None:
+    made = changed(sha=SHA)
+    made["files"]["merged/model-00002-of-00002.safetensors"] = {"sha256": SHA, "bytes": 1}
+    with pytest.raises(NotReproduced):
+        reproduce.judge(tmp_path, record(), made, None)
