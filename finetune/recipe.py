@@ -31,7 +31,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     tokens = data.tokenize(rows, tokenizer, settings)
     console.phase("loading", f"data: {tokens.describe()}, {rows.dropped} dropped")
     went_in = inputs.check(source, rows, tokens, recorded)
-    if folder.begin(settings, output, {"engine": choice.name, **went_in}):
+    if folder.begin(settings, output, {**choice.deciding(), **went_in}):
         print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
         return hub.publish(settings)
     clock.mark("data_s")

@@ -63,6 +63,7 @@ def record(
     timings = {
         **clock.seconds,
         "first_step_s": round(fit.first_step_s, 2),
+        "started_s": round(fit.started_s, 2),
         "total_s": round(time.perf_counter() - clock.began, 2),
     }
     return dict(

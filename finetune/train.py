@@ -35,11 +35,15 @@ OPTIMIZER_BYTES = {
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What training did. metrics: one row an update; times in seconds, memory in GiB."""
+    """What training did. metrics: one row an update; times in seconds, memory in GiB.
+
+    started_s: from the start of the process to the end of its first update.
+    """
 
     metrics: list[dict[str, float]]
     resumed_from: int | None
     first_step_s: float
+    started_s: float
     train_s: float
     peak_gib: float
     plan: plan.Plan
@@ -115,6 +119,7 @@ def fit(
         metrics=trainer.metrics,
         resumed_from=int(resume.name.rpartition("-")[2]) if resume else None,
         first_step_s=trainer.first_step_s,
+        started_s=trainer.started_s,
         train_s=seconds,
         peak_gib=peak_gib(),
         plan=trainer.plan,

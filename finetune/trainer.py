@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import resource
 import shutil
 import signal
@@ -37,6 +38,12 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def process_age() -> float:
+    """Seconds since this process began."""
+    began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+
+
 class StopAtStep(TrainerCallback):
     """Ends the loop with a checkpoint at the first whole update after a signal."""
 
@@ -53,16 +60,19 @@ class StopAtStep(TrainerCallback):
 class OurTrainer(SFTTrainer):
     """SFTTrainer for which one batch is one update. `begin` must be called before `train`."""
 
+    data_collator: Any
+    progress: console.Progress
+
     def begin(self, folder: Path, keep: int, packed: Packed | None) -> None:
         """folder, keep: where checkpoints go, and how many stay. packed: the compiled path's way to make a micro-batch."""
         self.folder, self.keep, self.packed = folder, keep, packed
         self.plan = plan.Plan(micro_batch=1, accumulation=1, recomputed=0, layers=0, reason="none yet")
         self.stop: int | None = None
-        self.first_step_s = 0.0
+        self.first_step_s = self.started_s = 0.0
         self.metrics: list[dict[str, float]] = []
         self.tokens = 0
         self.clock = time.perf_counter()
-        self.collate: Any = self.data_collator
+        self.collate = self.data_collator
         self.pads = packed is None and not getattr(self.data_collator, "padding_free", False)
         self.data_collator = _as_they_are
         self.remove_callback(PrinterCallback)
@@ -163,7 +173,8 @@ class OurTrainer(SFTTrainer):
                 memory_gib=round(peak_gib(), 3),
             )
             self.tokens = 0
-            self.first_step_s = self.first_step_s or seconds
+            if not self.first_step_s:
+                self.first_step_s, self.started_s = seconds, process_age()
             if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
                 raise Refusal(
                     f"step {row['step']}: the loss is {row['loss']}, the gradient norm {row['grad_norm']}; training has "

@@ -28,6 +28,7 @@ PARAMETERS = 8.03e9
 CASES: dict[str, dict[str, str] | list[str]] = {
     "tutorial": ["unsloth"],
     "trl": ["transformers"],
+    "whole run": {"MAX_STEPS": "60", "SAVE_MERGED": "1", "SAVE_STEPS": "20"},
     "auto": {},
     "auto, 12 GiB": {"MAX_MEMORY": "12"},
     "auto, 8 GiB": {"MAX_MEMORY": "8"},
@@ -71,10 +72,10 @@ def run(name: str, steps: int, timeout: float, out: Path) -> dict[str, Any]:
         command = [sys.executable, str(ROOT / "benchmarks" / "tutorial.py"), *case, "--steps", str(steps)]
         environ = dict(os.environ, WORK=str(work))
     else:
-        settings = dict(
-            MODEL_NAME=work / "model", DATASET_NAME=work / "rows.json", MAX_STEPS=steps, MAX_NEW_TOKENS=0, SAVE_STEPS=0,
-            SAVE_MERGED=0, LOGGING_STEPS=1, OVERWRITE=1, OUTPUT_DIR=folder, **case,
-        )  # fmt: skip
+        settings = {
+            "MODEL_NAME": work / "model", "DATASET_NAME": work / "rows.json", "MAX_STEPS": steps, "MAX_NEW_TOKENS": 0,
+            "SAVE_STEPS": 0, "SAVE_MERGED": 0, "LOGGING_STEPS": 1, "OVERWRITE": 1, "OUTPUT_DIR": folder, **case,
+        }  # fmt: skip
         command = [sys.executable, str(ROOT / "entrypoint.py"), "train", *(f"{k}={v}" for k, v in settings.items())]
         environ = dict(os.environ)
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
@@ -118,7 +119,7 @@ def ours(folder: Path) -> dict[str, Any]:
         peak_gib=round(record["memory"]["training_gib"], 2), forecast_gib=plan["forecast_gib"],
         forecast_step_s=plan["forecast_step_s"], import_s=timings["import_s"], load_s=timings["load_s"],
         first_step_s=timings["first_step_s"], losses=record["training"]["losses"], steps_s=[row["step_s"] for row in rows],
-        timings=timings, adapter_sha256=record["files"]["adapter/adapter_model.safetensors"]["sha256"],
+        timings=timings, verification=record["verification"], adapter_sha256=record["files"]["adapter/adapter_model.safetensors"]["sha256"],
     )  # fmt: skip
 
 

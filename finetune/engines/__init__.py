@@ -63,6 +63,10 @@ class Choice:
         """One line for the console."""
         return f"engine: {self.name}{', compiled' if self.compiled else ''} ({self.reason})"
 
+    def deciding(self) -> dict[str, Any]:
+        """What of it decides the trained weights."""
+        return dict(engine=self.name, compiled=self.compiled, deterministic=self.deterministic)
+
     def open(self) -> Engine:
         """Import the engine, and what must be imported before everything else."""
         engine: Engine = importlib.import_module(f"finetune.engines.{self.name}")
@@ -83,7 +87,7 @@ def choose(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) -> Choic
     elif gpu is None:
         why = "no GPU is visible"
     elif not against:
-        why = "its compiled path was measured five times as fast as the tutorial's unsloth"
+        why = "its compiled path is the fastest for this GPU and model"
     elif settings.full_determinism:
         why = f"FULL_DETERMINISM=1, which unsloth cannot keep; not compiled: {against}"
     else:
