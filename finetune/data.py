@@ -36,6 +36,7 @@ Please answer the following medical question.
 {}
 </think>
 {}"""
+FEW_ROWS = 1000  # that one process tokenizes before others have started: 500 take 0.6 s in one, 1.9 s in two
 SHOWN = 5  # bad rows named in one message
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 IGNORED = -100  # label that the loss leaves out
@@ -425,7 +426,7 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
     encode = functools.partial(_encode, as_text, tokenizer, settings.max_seq_length, settings.train_on == "response")
     source = Dataset.from_list([{"row": json.dumps(row, ensure_ascii=False)} for row in rows.rows])
     # below a few hundred rows a second process costs more time than it saves
-    processes = settings.dataset_num_proc if settings.dataset_num_proc > 1 and len(source) > 250 else None
+    processes = settings.dataset_num_proc if settings.dataset_num_proc > 1 and len(source) > FEW_ROWS else None
     mapped = source.map(encode, remove_columns=["row"], num_proc=processes, load_from_cache_file=False)
     lost = sum(all(label == IGNORED for label in labels[:-1]) for labels in mapped["labels"])
     if lost:

@@ -8,8 +8,10 @@ import errno
 import functools
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,30 @@ class Source:
     commit: str | None
     folder: Path
 
-    @functools.cached_property
+    @property
     def digests(self) -> dict[str, str]:
         """sha256 of each file that decides what is trained on and merged into, under its name.
 
         It tells one model from another wherever its folder stands. The Hub's cache names a large file by its sha256, so such
         a one is not read; a folder's files are, which warms them for loading.
         """
+        return self.hashing.result()
+
+    @functools.cached_property
+    def hashing(self) -> Future[dict[str, str]]:
+        """`digests`, begun in a thread: 16 GB take seconds, in which the libraries can be imported."""
+        future: Future[dict[str, str]] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self._digests())
+            except BaseException as error:  # raised where the result is asked for
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return future
+
+    def _digests(self) -> dict[str, str]:
         names = [*weight_files(self.folder), "config.json", "generation_config.json", *TOKENIZER_FILES]
         there = [name for name in names if (self.folder / name).is_file()]
         blobs = {name: (self.folder / name).resolve().name for name in there if self.commit}

@@ -8,7 +8,7 @@ possible. A piece's memory is worked out from what a token costs, which `finetun
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 GIB = 2**30
@@ -77,6 +77,11 @@ class Plan:
     limit_gib: float | None = None
     forecast_gib: float | None = None
     forecast_step_s: float | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Plan:
+        """The plan of a run.json, or of a checkpoint."""
+        return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record})
 
     @property
     def checkpointing(self) -> str:

@@ -12,26 +12,23 @@ from finetune.settings import Settings
 
 def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record | None = None) -> None:
     """Train, verify, record, publish if asked; a complete run is only published. recorded: a run.json with the same inputs."""
-    clock, output = report.Clock(), Path(settings.output_dir)
-    visible = preflight.gpus(environ)
+    clock, output, visible = report.Clock(), Path(settings.output_dir), preflight.gpus(environ)
     print(*preflight.check(settings, visible, environ), sep="\n", flush=True)
-
     hub.login(settings)
     rows = data.load(settings)
     source = hub.fetch_model(settings)
     preflight.check(settings, visible, environ, count=preflight.parameters(str(source.folder)))
+    _ = source.hashing  # begins
     clock.mark("inputs_s")
     choice = engines.choose(settings, visible[0] if visible else None, source.config())
     console.phase("loading", choice.describe())
     engine = choice.open()
     console.quiet()
     clock.mark("import_s")
-
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(rows, tokenizer, settings)
     console.phase("loading", f"data: {tokens.describe()}, {rows.dropped} dropped")
-    went_in = inputs.check(source, rows, tokens, recorded)
-    if folder.begin(settings, output, {**choice.deciding(), **went_in}):
+    if folder.begin(settings, output, {**choice.deciding(), **inputs.check(source, rows, tokens, recorded)}):
         print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
         return hub.publish(settings)
     clock.mark("data_s")
@@ -44,7 +41,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     before = ask("before")
     clock.mark("before_s")
     console.phase("training", train.describe(settings, tokens))
-    fit = train.fit(model, tokens, tokenizer, settings, choice, engine, output / "checkpoints")
+    fit = train.fit(model, tokens, tokenizer, settings, choice, engine, output / "checkpoints", recorded)
     clock.mark("train_s")
     after = ask("after")
     clock.mark("after_s")
@@ -56,8 +53,8 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     if not settings.save_adapter:
         shutil.rmtree(output / "adapter")
     clock.mark("export_s")
-    answers, machine = (before, after), report.environment(visible[0] if visible else None, environ)
-    record = report.record(settings, choice, source, rows, tokens, fit, merged, answers, machine, clock)
+    machine = report.environment(visible[0] if visible else None, environ)
+    record = report.record(settings, choice, source, rows, tokens, fit, merged, (before, after), machine, clock)
     report.write(output, record, fit.metrics)
     print(report.summary(output, record), flush=True)
     hub.publish(settings)

@@ -177,21 +177,25 @@ def write(output: Path, record: dict[str, Any], metrics: list[dict[str, float]])
     curves = draw_curves(metrics)
     files.write_bytes(output / "curves.png", curves)
     files.write_text(output / "samples.md", samples(record))
-    weights = {name: entry(output / name) for name in below(output)}
+    weights = entries(output, below(output))
     record = {**record, "files": weights}
+    own = ["README.md", "curves.png", "metrics.jsonl", "report.html", "samples.md"]
     for folder in ("adapter", "merged"):
         if (output / folder).is_dir():
             files.write_text(output / folder / "README.md", card(record, folder))
+            own.append(f"{folder}/README.md")
     files.write_text(output / "README.md", card(record, "adapter" if (output / "adapter").is_dir() else "merged"))
     files.write_text(output / "report.html", page(record, curves))
-    own = ["README.md", "curves.png", "metrics.jsonl", "report.html", "samples.md"]
-    record["files"] = {name: entry(output / name) for name in [*below(output), *own]}
+    record["files"] = {**weights, **entries(output, own)}
     files.write_json(output / "run.json", record)
 
 
-def entry(path: Path) -> dict[str, Any]:
-    """What run.json says of one file."""
-    return dict(sha256=files.sha256(path), bytes=path.stat().st_size)
+def entries(output: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """What run.json says of files, under their names."""
+    return {
+        name: dict(sha256=sha256, bytes=(output / name).stat().st_size)
+        for name, sha256 in files.digests(output, names).items()
+    }
 
 
 def below(output: Path) -> list[str]:

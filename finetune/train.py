@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from finetune.data import Tokens
     from finetune.engines import Choice, Engine
+    from finetune.inputs import Record
     from finetune.trainer import OurTrainer
 
 PLANNED_UPDATES = 2000  # whose lengths are looked at; a longer run has its way out when memory runs out after all
@@ -66,9 +67,11 @@ class Fit:
 
 def fit(
     model: PeftModel, tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings, choice: Choice,
-    engine: Engine, folder: Path,
+    engine: Engine, folder: Path, recorded: Record | None = None,
 ) -> Fit:  # fmt: skip
     """Train the adapter of `model` in place, from the newest whole checkpoint in `folder` if there is one.
+
+    recorded: a run.json whose plan is followed: other pieces round differently.
 
     Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Refusal where the loss is no longer a number or a
     single row does not fit the memory.
@@ -85,6 +88,7 @@ def fit(
         for name, p in model.named_parameters():
             if name in initial:
                 p.data = initial[name]  # trl turns a 4-bit model's adapter to bfloat16, where updates of 2e-4 are lost
+    followed = recorded["training"].get("plan") if recorded else None
     resume = checkpoints.newest(folder)
     with (
         _signals(trainer),
@@ -95,18 +99,17 @@ def fit(
         if resume is not None:
             print(f"going on from {resume}", flush=True)
             trainer.metrics = json.loads((resume / "metrics.json").read_text())
-            trainer.plan = plan.Plan(**json.loads((resume / "plan.json").read_text()))
-        else:
-            trainer.plan = _plan(trainer, model, settings, tokens, engine)
+            followed = json.loads((resume / "plan.json").read_text())
+        limit = _memory(settings)
+        trainer.plan = plan.Plan.of(followed) if followed else _plan(trainer, model, settings, tokens, engine, limit)
         engine.recompute(model, trainer.args, trainer.plan.recomputed)
         print(f"plan: {trainer.plan.describe()}", flush=True)
         trainer.progress = console.Progress(updates(settings, tokens), settings.logging_steps, len(trainer.metrics))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = trainer.clock = time.perf_counter()
-        if resume is not None and checkpoints.is_last(
-            resume
-        ):  # killed while merging: transformers would make one update more
+        if resume is not None and checkpoints.is_last(resume):
+            # killed while merging: transformers would make one update more
             trainer._load_from_checkpoint(str(resume))
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -126,28 +129,37 @@ def fit(
     )
 
 
-def _plan(trainer: OurTrainer, model: PeftModel, settings: Settings, tokens: Tokens, engine: Engine) -> plan.Plan:
-    """What the user set, and on a GPU the rest as it fits the memory."""
+def _memory(settings: Settings) -> float | None:
+    """Bytes of GPU memory that training may take, MAX_MEMORY at the most; None: no GPU."""
     import torch
 
-    layers = engine.layers(model)
-    recomputed = layers if settings.gradient_checkpointing != "false" else 0
-    as_set = plan.Plan(
-        micro_batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps,
-        recomputed=recomputed, layers=layers, reason="as set",
-    )  # fmt: skip
     if not torch.cuda.is_available():
-        return as_set
-    from finetune import probe
-
+        return None
     free, total = torch.cuda.mem_get_info()
     limit = float(free + torch.cuda.memory_reserved())
     if settings.max_memory:
         limit = min(limit, settings.max_memory * plan.GIB)
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-    stream = [
-        token for row in trainer.train_dataset.select(range(min(64, len(tokens.dataset))))["input_ids"] for token in row
-    ]
+    return limit
+
+
+def _plan(
+    trainer: OurTrainer, model: PeftModel, settings: Settings, tokens: Tokens, engine: Engine, limit: float | None
+) -> plan.Plan:
+    """What the user set, and on a GPU the rest as it fits the memory."""
+    layers = engine.layers(model)
+    recomputed = layers if settings.gradient_checkpointing != "false" else 0
+    if limit is None:
+        return plan.Plan(
+            micro_batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps,
+            recomputed=recomputed, layers=layers, reason="as set",
+        )  # fmt: skip
+    import torch
+
+    from finetune import probe
+
+    some = trainer.train_dataset.select(range(min(64, len(tokens.dataset))))["input_ids"]
+    stream = [token for ids in some for token in ids]
     most = min(1024, tokens.longest * settings.rows_per_update, len(stream))
 
     def run(count: int, recompute: int) -> Any:
@@ -161,14 +173,9 @@ def _plan(trainer: OurTrainer, model: PeftModel, settings: Settings, tokens: Tok
     width = model.config.get_text_config().hidden_size * 2 * engine.KEEPS_INPUTS
     with torch.random.fork_rng():
         cost = probe.measure(
-            model,
-            layers,
-            width,
-            trained * OPTIMIZER_BYTES.get(settings.optim, 4),
-            (most // 2, most),
-            run,
+            model, layers, width, trained * OPTIMIZER_BYTES.get(settings.optim, 4), (most // 2, most), run,
             partial=engine.PARTIAL,
-        )
+        )  # fmt: skip
     trainer.forget(model)
     sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
     return plan.choose(

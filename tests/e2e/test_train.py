@@ -170,14 +170,14 @@ def test_two_processes_give_the_same_bytes_whether_asked_or_not(llama: Path, tmp
     Nor may the place of the base, the number of tokenizing processes (with rows enough for them to be started), the order of
     a set, or the day.
     """
-    lines = (Path(data.__file__).parent / "samples" / "en.jsonl").read_text() * 20
+    lines = (Path(data.__file__).parent / "samples" / "en.jsonl").read_text() * 70
     (tmp_path / "rows.jsonl").write_text(lines)
     moved = Path(shutil.copytree(llama, tmp_path / "elsewhere" / llama.name))
     rows = dict(DATASET_NAME=tmp_path / "rows.jsonl", DATASET_CONFIG="", MAX_SEQ_LENGTH=192)
     one = train(llama, tmp_path / "one", **rows, MAX_NEW_TOKENS=5, DATASET_NUM_PROC=1, PYTHONHASHSEED=1)
     two = train(moved, tmp_path / "two", **rows, DATASET_NUM_PROC=4, PYTHONHASHSEED=2)
     assert (
-        one["dataset"]["trained"] > 250
+        one["dataset"]["trained"] > data.FEW_ROWS
         and one["dataset"] == two["dataset"]
         and one["model"]["files"] == two["model"]["files"]
     )

@@ -1,0 +1,68 @@
+"""An update that does not fit the memory is begun anew in smaller pieces: nothing is lost, and nothing counts twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune import data, engines, hub, train
+from finetune.engines import transformers as engine
+from finetune.errors import Refusal
+from finetune.settings import Settings
+
+
+def fit(llama: Path, output: Path, **values: Any) -> tuple[train.Fit, dict[str, torch.Tensor]]:
+    """Three updates of four rows, and the adapter they end with."""
+    settings = Settings.from_env(
+        {
+            "MODEL_NAME": str(llama), "DATASET_NAME": "samples", "DATASET_CONFIG": "en", "MAX_STEPS": "3", "WARMUP_STEPS": "0",
+            "PER_DEVICE_TRAIN_BATCH_SIZE": "4", "GRADIENT_ACCUMULATION_STEPS": "1", "MAX_SEQ_LENGTH": "192", "LEARNING_RATE": "1e-2",
+            "LOAD_IN_4BIT": "0", "OPTIM": "adamw_torch", "SAVE_STEPS": "0", **values,
+        }
+    )  # fmt: skip
+    source = hub.Source(str(llama), None, llama)
+    tokenizer = data.tokenizer(source)
+    tokens = data.tokenize(data.load(settings), tokenizer, settings)
+    model = engine.load(settings, source)
+    done = train.fit(model, tokens, tokenizer, settings, engines.choose(settings, None, {}), engine, output)
+    return done, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def out_of_memory_once(monkeypatch: pytest.MonkeyPatch, larger_than: int, after: int) -> None:
+    """From the piece number `after` on, a piece of more rows than `larger_than` fails when its gradients are made already."""
+    from finetune import trainer
+
+    real, seen = trainer.OurTrainer.piece, [0]
+
+    def piece(self: Any, model: Any, rows: Any, count: Any) -> Any:
+        seen[0] += 1
+        loss = real(self, model, rows, count)
+        if seen[0] > after and len(rows) > larger_than:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return loss
+
+    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+
+
+def test_the_update_is_repeated_in_half_the_pieces(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, by_fours = fit(llama, tmp_path / "whole")
+    out_of_memory_once(monkeypatch, larger_than=1, after=1)
+    found, adapter = fit(llama, tmp_path / "halved")
+    assert "update 2 is repeated as 2 x 2" in (said := capsys.readouterr().out) and "repeated as 1 x 4" in said
+    assert (found.plan.micro_batch, found.plan.accumulation) == (1, 4)
+    assert [row["loss"] for row in found.metrics] == pytest.approx([row["loss"] for row in expected.metrics], rel=1e-5)
+    assert [row["tokens"] for row in found.metrics] == [row["tokens"] for row in expected.metrics]
+    assert all(torch.allclose(adapter[name], by_fours[name], rtol=1e-3, atol=1e-5) for name in by_fours)
+
+
+def test_one_row_that_does_not_fit_is_said_with_the_way_out(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_memory_once(monkeypatch, larger_than=0, after=0)
+    with pytest.raises(Refusal, match=r"one row at a time.*MAX_SEQ_LENGTH=\d+"):
+        fit(llama, tmp_path / "none")
