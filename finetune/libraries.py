@@ -79,6 +79,8 @@ def _caches(layered: Mapping[str, str]) -> dict[str, str]:
     below = layered.get("XDG_CACHE_HOME") or (home and f"{home}/.cache")
     named = {name: layered.get(name) or (below and f"{below}/{part}") for name, part in CACHES.items()} | {"HOME": home}
     lost = [name for name, place in named.items() if not (place and _writable(Path(place)))]
+    hub = Path(named["HF_HOME"] or "/nonexistent") / "hub"
+    readable = "HF_HOME" in lost and os.access(hub, os.R_OK | os.X_OK)  # a cache mounted read-only still has its models
     if lost:
         temporary = _temporary()
         print(
@@ -86,6 +88,9 @@ def _caches(layered: Mapping[str, str]) -> dict[str, str]:
             flush=True,
         )
         named |= {name: f"{temporary}/{CACHES[name]}" for name in lost}
+    if readable and "HF_HUB_CACHE" not in layered:
+        print(f"caches: models are read from {hub}", flush=True)
+        named["HF_HUB_CACHE"] = str(hub)
     return {name: str(Path(place)) for name, place in named.items()} | {
         "USER": layered.get("USER") or f"uid{os.getuid()}"
     }

@@ -88,3 +88,13 @@ def test_a_temporary_folder_that_someone_else_made_is_not_used(place: Path) -> N
     (place / "tmp" / f"finetune-cache-{uid}").symlink_to(place / "open")
     _, variables = resolved(place)
     assert Path(variables["HOME"]).parent == place / "tmp" and not Path(variables["HOME"]).is_symlink()
+
+
+def test_a_hub_cache_that_can_only_be_read_is_read(place: Path) -> None:
+    (place / "closed" / "hub").mkdir()
+    (place / "closed").chmod(0o555)
+    said, variables = resolved(place, HOME=place / "open", HF_HOME=place / "closed")
+    assert variables["HF_HUB_CACHE"] == f"{place}/closed/hub" and variables["HF_HOME"].startswith(f"{place}/tmp")
+    assert len(said) == 2 and f"{place}/closed/hub" in said[1]
+    said, variables = resolved(place, HOME=place / "open", HF_HOME=place / "closed", HF_HUB_CACHE=place / "open")
+    assert variables["HF_HUB_CACHE"] == f"{place}/open" and len(said) == 1
