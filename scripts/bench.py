@@ -1,6 +1,6 @@
 """Time every engine and the two baselines on the same rows, one after the other, and print one table. `make bench`.
 
-usage: bench.py [--cases NAME,NAME] [--out FOLDER] [--steps 20] [--timeout 300]
+usage: bench.py [--cases NAME/NAME] [--out FOLDER] [--steps 20] [--timeout 300]
 
 Needs the standard workload (benchmarks/workload.py) in the folder WORK, default /tmp/work. Each case is a process of its own;
 its result is in FOLDER/bench.json as soon as it ends. Times of an update are medians from the ninth on.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,24 +50,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--timeout", type=float, default=300)
     given = parser.parse_args()
-    wanted = given.cases.replace(" ", "")
-    chosen = [name for name in CASES if name.replace(" ", "") in _names(wanted)]
+    chosen = given.cases.split("/")
+    if unknown := [name for name in chosen if name not in CASES]:
+        parser.error(f"--cases: there is no {', '.join(unknown)}; there are {'/'.join(CASES)}")
     given.out.mkdir(parents=True, exist_ok=True)
+    work = Path(os.environ.get("WORK", "/tmp/work"))
+    if not (work / "rows.json").is_file():
+        parser.error(f"WORK={work}: holds no workload; make it with TOKENIZER=… python benchmarks/workload.py")
+    here = machine()
     results: list[dict[str, Any]] = []
     for name in chosen:
-        results.append(dict(case=name, **run(name, given.steps, given.timeout, given.out)))
-        files.write_json(given.out / "bench.json", dict(machine=machine(), results=results))
-    print(table(results))
+        results.append(dict(case=name, **run(name, given.steps, given.timeout, given.out, work)))
+        files.write_json(given.out / "bench.json", dict(machine=here, results=results))
+    print(table(results, here["flop_per_s"]))
 
 
-def _names(wanted: str) -> set[str]:
-    """The cases named in `wanted`: some names have a comma in them."""
-    return {name.replace(" ", "") for name in CASES if f",{name.replace(' ', '')}," in f",{wanted},"}
-
-
-def run(name: str, steps: int, timeout: float, out: Path) -> dict[str, Any]:
+def run(name: str, steps: int, timeout: float, out: Path, work: Path) -> dict[str, Any]:
     """One case, in a process of its own."""
-    work, case = Path(os.environ.get("WORK", "/tmp/work")), CASES[name]
+    case = CASES[name]
     folder = out / name.replace(", ", "-").replace(" ", "-")
     if isinstance(case, list):
         command = [sys.executable, str(ROOT / "benchmarks" / "tutorial.py"), *case, "--steps", str(steps)]
@@ -92,6 +93,8 @@ def run(name: str, steps: int, timeout: float, out: Path) -> dict[str, Any]:
         print("\n".join((out / f"{folder.name}.log").read_text().splitlines()[-15:]), flush=True)
         return found
     found |= baseline(out / f"{folder.name}.log") if isinstance(case, list) else ours(folder)
+    if (folder / "merged").is_dir():
+        found["copy_gb_per_s"] = copied(folder / "merged")
     print(json.dumps({k: v for k, v in found.items() if k not in ("losses", "steps_s", "command")}), flush=True)
     return found
 
@@ -123,32 +126,52 @@ def ours(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def copied(folder: Path) -> float:
+    """GB a second of a plain copy of the merged weights on the same disk, written through to it."""
+    began, size = time.time(), 0
+    for file in sorted(folder.glob("*.safetensors")):
+        target = folder.parent / "copied.partial"
+        shutil.copyfile(file, target)
+        with open(target, "rb") as stream:
+            os.fsync(stream.fileno())
+        size += target.stat().st_size
+        target.unlink()
+    return round(size / 1e9 / (time.time() - began), 3)
+
+
 def machine() -> dict[str, Any]:
     """GPU, driver, versions, and what a plain product of matrices reaches here."""
     from finetune import preflight, report
 
-    gpu = preflight.gpus(os.environ)[0]
+    visible = preflight.gpus(os.environ)
+    if not visible:
+        sys.exit("error: no GPU is visible, and there is nothing to time without one")
+    gpu = visible[0]
     code = "from finetune import probe; print(probe.speed(8192))"
     speed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120).stdout
     return dict(gpu=gpu.name, driver=gpu.driver, versions=report.versions(), flop_per_s=float(speed or "nan"))
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The results side by side; the first baseline is the measure."""
+def table(results: list[dict[str, Any]], flop_per_s: float) -> str:
+    """The results side by side; the first baseline is the measure.
+
+    The floor is the arithmetic alone: 4 FLOP a token and weight, forward and through the activations backward.
+    """
     measure = next((r for r in results if r["case"] == "tutorial" and "step_s" in r), None)
     lines = [
-        "| run | plan | s/update | tokens/s | times the tutorial | peak GiB (forecast) | import s | load s | first update s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| run | plan | s/update | tokens/s | times the tutorial | share of the floor | peak GiB (forecast) | import s | load s | first update s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
         if "step_s" not in r:
-            lines.append(f"| {r['case']} | failed: exit {r['exit']} | | | | | | | |")
+            lines.append(f"| {r['case']} | failed: exit {r['exit']} | | | | | | | | |")
             continue
         ratio = f"{measure['step_s'] / r['step_s']:.2f}" if measure else ""
         forecast = f" ({r['forecast_gib']:.1f})" if r.get("forecast_gib") else ""
+        floor = 4 * PARAMETERS * r["tokens_per_s"] / flop_per_s
         plan = r["plan"] + (f", {r['checkpointing']}" if "checkpointing" in r else ', "unsloth" or full')
         lines.append(
-            f"| {r['case']} | {plan} | {r['step_s']} | {r['tokens_per_s']:,} | {ratio} | {r['peak_gib']}{forecast} | "
+            f"| {r['case']} | {plan} | {r['step_s']} | {r['tokens_per_s']:,} | {ratio} | {floor:.0%} | {r['peak_gib']}{forecast} | "
             f"{r['import_s']} | {r['load_s']} | {r['first_step_s']} |"
         )
     return "\n".join(lines)
