@@ -121,4 +121,4 @@ def test_tolerance_is_for_kernels_that_round_in_another_way(llama: Path, tmp_pat
     assert apart.returncode == 1 and "cpu_capability  " in apart.stdout, apart.stdout + apart.stderr
     near = call(*command, "TOLERANCE=0.01")
     assert near.returncode == 0 and "WITHIN TOLERANCE=0.01: the bytes differ" in near.stdout, near.stdout + near.stderr
-    assert "cpu_capability  " in near.stdout and "losses: first difference at step" in near.stdout
+    assert "cpu_capability  " in near.stdout and "losses: " in near.stdout  # which may be equal where the bytes are not
