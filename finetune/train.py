@@ -149,11 +149,12 @@ def _plan(
     """What the user set, and on a GPU the rest as it fits the memory."""
     layers = engine.layers(model)
     recomputed = layers if settings.gradient_checkpointing != "false" else 0
+    as_set = plan.Plan(
+        micro_batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps,
+        recomputed=recomputed, layers=layers, reason="as set",
+    )  # fmt: skip
     if limit is None:
-        return plan.Plan(
-            micro_batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps,
-            recomputed=recomputed, layers=layers, reason="as set",
-        )  # fmt: skip
+        return as_set
     import torch
 
     from finetune import probe
@@ -171,12 +172,17 @@ def _plan(
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = model.config.get_text_config().hidden_size * 2 * engine.KEEPS_INPUTS
-    with torch.random.fork_rng():
-        cost = probe.measure(
-            model, layers, width, trained * OPTIMIZER_BYTES.get(settings.optim, 4), (most // 2, most), run,
-            partial=engine.PARTIAL,
-        )  # fmt: skip
+    try:
+        with torch.random.fork_rng():
+            cost = probe.measure(
+                model, layers, width, trained * OPTIMIZER_BYTES.get(settings.optim, 4), (most // 2, most), run,
+                partial=engine.PARTIAL,
+            )  # fmt: skip
+    except torch.OutOfMemoryError:
+        cost = None
     trainer.forget(model)
+    if cost is None:
+        return dataclasses.replace(as_set, reason="as set: there was no memory to measure what a token costs")
     sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
     return plan.choose(
         settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, plan.usable(limit),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import types
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: 0.12 GiB in bfloat16 at 128,256 words
+# torch 2.10, of the CUDA 12.8 lock, takes is_causal, and 2.11 a window that ends at the token itself
+CAUSAL: dict[str, Any] = (
+    dict(window_size=(-1, 0)) if "window_size" in inspect.signature(varlen_attn).parameters else dict(is_causal=True)
+)
 
 
 @contextlib.contextmanager
@@ -74,10 +79,10 @@ def varlen(
     ends: int32 (rows + 1,), where each row ends; longest: at least the tokens of the longest. The kernel reads shared keys
     and values in place, without a copy for each query head.
     """
-    q, k, v = (states.transpose(1, 2)[0] for states in (query, key, value))
-    out: Any = varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest, scale=scaling, window_size=(-1, 0)
-    )
+    q, k, v = (states.transpose(1, 2)[0].contiguous() for states in (query, key, value))
+    if scaling is not None and scaling != q.shape[-1] ** -0.5:
+        raise NotImplementedError(f"attention scaled by {scaling}; torch 2.10 has only the usual head_dim ** -0.5")
+    out: Any = varlen_attn(q, k, v, ends, ends, longest, longest, **CAUSAL)
     return out[None], None
 
 

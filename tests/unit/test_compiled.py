@@ -14,15 +14,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 KINDS = ["llama", "qwen2", "qwen3"]
 
 
-def attention_on_cpu(
-    q: Any, k: Any, v: Any, ends: Any, *_: Any, scale: float, window_size: tuple[int, int], **__: Any
-) -> Any:
+def attention_on_cpu(q: Any, k: Any, v: Any, ends: Any, *_: Any, window_size: tuple[int, int]) -> Any:
     """What torch.nn.attention.varlen computes, for a CPU, where it has no kernel: each row by itself."""
     assert window_size == (-1, 0)
     parts = []
     for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         a, b, c = (states[start:end].transpose(0, 1)[None] for states in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True)
+        out = torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -196,3 +194,11 @@ def test_afterwards_the_model_is_what_it_was(folder: Path, device: str) -> None:
     if device == "cpu":
         packed_run(model, rows(), 4, device)
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_attention_of_another_scale_is_refused_and_not_computed_wrongly() -> None:
+    from finetune.engines import compiled
+
+    states = torch.zeros(1, 2, 5, 16)
+    with pytest.raises(NotImplementedError, match="scaled by"):
+        compiled.varlen(torch.nn.Module(), states, states, states, None, scaling=0.3)
