@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -118,7 +119,12 @@ def check(settings: Settings, visible: list[Gpu], environ: Mapping[str, str], *,
     if closed := list(_closed(settings)):
         raise PreflightError(*closed)  # nothing more can be said of a model that cannot be read
     count = count or parameters(settings.model_name)
-    problems = [*_gpu(settings, visible, count), *_output(settings), *_disk(settings, environ, count)]
+    problems = [
+        *_gpu(settings, visible, count),
+        *_compiler(visible, environ),
+        *_output(settings),
+        *_disk(settings, environ, count),
+    ]
     if problems:
         raise PreflightError(*problems)
     lines = [f"GPU: {g.name}, {g.memory / 1024:.0f} GiB, driver {g.driver}" for g in visible] or ["GPU: none visible"]
@@ -201,6 +207,21 @@ def _gpu(settings: Settings, visible: list[Gpu], count: int | None) -> Iterator[
         )
     if settings.dtype == "bfloat16" and (0, 0) < gpu.capability < (8, 0):
         yield f"DTYPE=bfloat16: {gpu.name} computes bfloat16 only by emulation; use DTYPE=auto or DTYPE=float16"
+
+
+def _compiler(visible: list[Gpu], environ: Mapping[str, str]) -> Iterator[str]:
+    """Triton compiles the launchers of its kernels at run time, and fails in the middle of the first update without these."""
+    if not visible:
+        return
+    path = environ.get("PATH", os.defpath)
+    if not any(shutil.which(name, path=path) for name in (environ.get("CC", ""), "gcc", "clang") if name):
+        yield "No C compiler is found, and GPU kernels need one. Install it (apt-get install gcc), or give its path, for example CC=/usr/bin/gcc."
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        yield (
+            f"{header} is missing, and GPU kernels are compiled with it. Install it (apt-get install python3-dev), or use a "
+            "Python that has it: `make train PYTHON=…`, or one that uv brings."
+        )
 
 
 def _output(settings: Settings) -> Iterator[str]:

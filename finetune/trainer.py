@@ -118,11 +118,11 @@ class OurTrainer(SFTTrainer):
         return loss.detach()
 
     def loss_of(self, model: Any, rows: Sequence[Row], count: Any) -> Any:
-        """The share of some rows in the loss of an update, with its graph."""
+        """The share of some rows in the loss of an update, with its graph; also before `train` has begun."""
         model.train()
         if self.packed is not None:
             return self.packed.loss(model, self.packed.pack(rows), count)
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self.accelerator.autocast():  # the model is not wrapped in it yet
             return self.compute_loss(model, self._prepare_inputs(self.collate(list(rows))), num_items_in_batch=count)
 
     def lengths(self, most: int) -> list[list[int]]:

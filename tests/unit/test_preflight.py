@@ -24,7 +24,7 @@ T4 = "1, GPU-bb, Tesla T4, 15360, 15000, 580.159.04, 7.5"
 def machine(folder: Path, *lines: str) -> dict[str, str]:
     """An environment in which nvidia-smi lists these GPUs."""
     program = folder / "nvidia-smi"
-    program.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
+    program.write_text("#!/bin/sh\n/bin/cat <<'END'\n" + "\n".join(lines) + "\nEND\n")
     program.chmod(0o755)
     return {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)}
 
@@ -55,6 +55,17 @@ def test_cuda_visible_devices(tmp_path: Path, visible: str, names: list[str]) ->
 def test_no_driver_no_gpu(tmp_path: Path) -> None:
     assert preflight.gpus({"PATH": str(tmp_path)}) == []
     assert preflight.gpus(machine(tmp_path, "NVIDIA-SMI has failed because it could not talk to the driver")) == []
+
+
+def test_a_missing_compiler_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    settings = Settings.from_env(
+        {"OUTPUT_DIR": str(tmp_path / "out"), "SAVE_MERGED": "0", "MODEL_NAME": "org/some-100M"}
+    )
+    bare = {**machine(tmp_path, H100), "PATH": str(tmp_path)}
+    with pytest.raises(PreflightError, match="No C compiler"):
+        preflight.check(settings, preflight.gpus(bare), bare)
+    compiler = {**bare, "CC": "/usr/bin/gcc"}
+    assert "GPU: NVIDIA H100 80GB HBM3" in preflight.check(settings, preflight.gpus(compiler), compiler)[0]
 
 
 def test_an_old_driver_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
