@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -95,14 +96,16 @@ def fit(
         _deterministic(choice.deterministic),
         engine.path(model, choice, settings.rows_per_update, tokens.longest) as packed,
     ):
-        trainer.begin(folder, settings.save_total_limit, packed)
+        recompute = functools.partial(engine.recompute, model, trainer.args)
+        planned = "gradient_checkpointing" not in settings.given
+        trainer.begin(folder, settings.save_total_limit, packed, recompute, may_recompute=planned)
         if resume is not None:
             print(f"going on from {resume}", flush=True)
             trainer.metrics = json.loads((resume / "metrics.json").read_text())
             followed = json.loads((resume / "plan.json").read_text())
         limit = _memory(settings)
         trainer.plan = plan.Plan.of(followed) if followed else _plan(trainer, model, settings, tokens, engine, limit)
-        engine.recompute(model, trainer.args, trainer.plan.recomputed)
+        recompute(trainer.plan.recomputed)
         print(f"plan: {trainer.plan.describe()}", flush=True)
         trainer.progress = console.Progress(updates(settings, tokens), settings.logging_steps, len(trainer.metrics))
         if torch.cuda.is_available():
@@ -163,8 +166,8 @@ def _plan(
     stream = [token for ids in some for token in ids]
     most = min(1024, tokens.longest * settings.rows_per_update, len(stream))
 
-    def run(count: int, recompute: int) -> Any:
-        engine.recompute(model, trainer.args, recompute)
+    def run(count: int, recomputed: int) -> Any:
+        trainer.recompute(recomputed)
         parts = plan.pieces(stream[:count], -(-count // -(-count // tokens.longest)))
         return trainer.loss_of(
             model, [dict(input_ids=list(part), labels=list(part)) for part in parts], torch.tensor(count, device="cuda")

@@ -13,7 +13,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +63,15 @@ class OurTrainer(SFTTrainer):
     data_collator: Any
     progress: console.Progress
 
-    def begin(self, folder: Path, keep: int, packed: Packed | None) -> None:
-        """folder, keep: where checkpoints go, and how many stay. packed: the compiled path's way to make a micro-batch."""
+    def begin(
+        self, folder: Path, keep: int, packed: Packed | None, recompute: Callable[[int], None], may_recompute: bool
+    ) -> None:
+        """folder, keep: where checkpoints go, and how many stay. packed: the compiled path's way to make a micro-batch.
+
+        recompute(n): recompute the activations of the first n layers; may_recompute: also where the plan did not say so.
+        """
         self.folder, self.keep, self.packed = folder, keep, packed
+        self.recompute, self.may_recompute = recompute, may_recompute
         self.plan = plan.Plan(micro_batch=1, accumulation=1, recomputed=0, layers=0, reason="none yet")
         self.stop: int | None = None
         self.first_step_s = self.started_s = 0.0
@@ -127,11 +133,13 @@ class OurTrainer(SFTTrainer):
 
     def lengths(self, most: int) -> list[list[int]]:
         """Tokens of the rows of each update to come, in their order; of `most` updates at the most."""
-        sizes = [len(ids) for ids in self.train_dataset["input_ids"]]
         with torch.random.fork_rng(devices=[]):  # looking at the order must not change it
             order = self.get_train_dataloader().batch_sampler
             epochs = itertools.chain.from_iterable(iter(lambda: list(order), None))
-            return [[sizes[index] for index in batch] for batch in itertools.islice(epochs, most)]
+            updates = list(itertools.islice(epochs, most))
+        rows = sorted({index for batch in updates for index in batch})
+        sizes = {index: len(ids) for index, ids in zip(rows, self.train_dataset.select(rows)["input_ids"], strict=True)}
+        return [[sizes[index] for index in batch] for batch in updates]
 
     def forget(self, model: Any) -> None:
         """Forget what an interrupted update left behind."""
@@ -140,15 +148,19 @@ class OurTrainer(SFTTrainer):
 
     def _smaller(self, message: str) -> plan.Plan:
         """The plan with half the micro-batch. Raises Refusal where a single row does not fit."""
-        before = self.plan
+        before, again = self.plan, f"out of GPU memory: update {self.state.global_step + 1} is repeated"
+        if before.micro_batch == 1 and before.recomputed < before.layers and self.may_recompute:
+            print(f"{again} with the activations of all layers recomputed", flush=True)
+            self.recompute(before.layers)
+            return dataclasses.replace(before, recomputed=before.layers, reason="recomputed: out of GPU memory")
         if before.micro_batch == 1:
             raise Refusal(
                 f"out of GPU memory with one row at a time ({message}). Lower MAX_SEQ_LENGTH, for example "
-                f"MAX_SEQ_LENGTH={max(8, self.plan.tokens // 2)}, lower LORA_R, or set GRADIENT_CHECKPOINTING=true."
+                f"MAX_SEQ_LENGTH={self.args.max_length // 2}, lower LORA_R, or set GRADIENT_CHECKPOINTING=true."
             )
         size = before.micro_batch // 2
         pieces = math.ceil(before.micro_batch * before.accumulation / size)
-        print(f"out of GPU memory: update {self.state.global_step + 1} is repeated as {size} x {pieces}", flush=True)
+        print(f"{again} as {size} x {pieces}", flush=True)
         return dataclasses.replace(before, micro_batch=size, accumulation=pieces, reason="halved: out of GPU memory")
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -60,9 +60,57 @@ def test_the_update_is_repeated_in_half_the_pieces(
     assert all(torch.allclose(adapter[name], by_fours[name], rtol=1e-3, atol=1e-5) for name in by_fours)
 
 
+def test_the_activations_are_recomputed_before_one_row_is_given_up(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune import trainer
+
+    expected, _ = fit(llama, tmp_path / "whole")
+    real = trainer.OurTrainer.piece
+
+    def piece(self: Any, model: Any, rows: Any, count: Any) -> Any:
+        if len(rows) > 1 or self.plan.recomputed < self.plan.layers:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(self, model, rows, count)
+
+    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+    begin = trainer.OurTrainer.begin
+    monkeypatch.setattr(trainer.OurTrainer, "begin", lambda *args, **may: begin(*args, may_recompute=True))
+    found, _ = fit(llama, tmp_path / "recomputed", GRADIENT_CHECKPOINTING="false")
+    assert "with the activations of all layers recomputed" in capsys.readouterr().out
+    assert (found.plan.micro_batch, found.plan.checkpointing) == (1, "full")
+    assert [row["loss"] for row in found.metrics] == pytest.approx([row["loss"] for row in expected.metrics], rel=1e-5)
+
+
 def test_one_row_that_does_not_fit_is_said_with_the_way_out(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out_of_memory_once(monkeypatch, larger_than=0, after=0)
-    with pytest.raises(Refusal, match=r"one row at a time.*MAX_SEQ_LENGTH=\d+"):
+    with pytest.raises(Refusal, match=r"one row at a time.*MAX_SEQ_LENGTH=96"):
         fit(llama, tmp_path / "none")
+
+
+def test_the_rows_to_come_are_known_beforehand_and_stay_the_same(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan looks at the lengths in their order, over more than one pass; looking must not change it."""
+    from finetune import trainer
+
+    undisturbed, _ = fit(llama, tmp_path / "undisturbed", MAX_STEPS="6")
+    foreseen: list[list[int]] = []
+    seen: list[list[int]] = []
+    begin, real = trainer.OurTrainer.begin, trainer.OurTrainer.piece
+
+    def looking(self: Any, *args: Any, **values: Any) -> None:
+        foreseen.extend(self.lengths(6))
+        begin(self, *args, **values)
+
+    def piece(self: Any, model: Any, rows: Any, count: Any) -> Any:
+        seen.append([len(row["input_ids"]) for row in rows])
+        return real(self, model, rows, count)
+
+    monkeypatch.setattr(trainer.OurTrainer, "begin", looking)
+    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+    found, _ = fit(llama, tmp_path / "looked", MAX_STEPS="6")
+    assert foreseen == seen and len(seen) == 6  # 16 rows, four an update: the second pass begins with the fifth
+    assert [row["loss"] for row in found.metrics] == [row["loss"] for row in undisturbed.metrics]
