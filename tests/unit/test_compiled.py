@@ -91,11 +91,12 @@ def packed_run(
 def reference(
     folder: Path, some: list[dict[str, list[int]]], dtype: torch.dtype = torch.float32
 ) -> tuple[float, list[torch.Tensor]]:
-    """The same on a CPU by transformers and peft alone, one row at a time."""
+    """The same on a CPU by transformers and peft alone, one row at a time; in bfloat16 under autocast, as trl does it."""
     model = adapted(folder, "cpu", dtype)
     total = 0.0
     for row in some:
-        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
         labels = torch.tensor(row["labels"][1:])
         loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / labels_of(some)
         loss.backward()
@@ -114,12 +115,10 @@ def test_loss_and_gradients_are_those_of_a_float32_reference(folder: Path, devic
         loss, gradients = packed_run(adapted(folder, device, torch.float32), rows(), 8, device)
         assert loss == pytest.approx(expected, rel=1e-5)
         assert distance(gradients, exact) < 1e-4
-        return
     loss, gradients = packed_run(adapted(folder, device, torch.bfloat16), rows(), 8, device)
-    rounded, others = reference(folder, rows(), torch.bfloat16)
-    print(f"distance from float32: here {distance(gradients, exact):.4f}, plain bfloat16 {distance(others, exact):.4f}")
-    assert abs(loss - expected) < max(2 * abs(rounded - expected), 2e-3 * expected)
-    assert distance(gradients, exact) < 1.5 * distance(others, exact)  # no farther than bfloat16 itself takes it
+    _, rounded = reference(folder, rows(), torch.bfloat16)
+    assert loss == pytest.approx(expected, rel=1e-3)
+    assert distance(gradients, exact) < 1.5 * distance(rounded, exact)  # no farther than bfloat16 itself takes it
 
 
 def test_an_update_is_the_same_in_any_pieces(folder: Path, device: str) -> None:
