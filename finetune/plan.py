@@ -127,7 +127,8 @@ def choose(
     def tokens(size: int) -> int:
         return max(count for lengths in updates for count in sizes_of(size, lengths))
 
-    sizes = [micro_batch] if micro_batch else [n for n in range(rows_per_update, 0, -1) if rows_per_update % n == 0]
+    every = {-(-rows_per_update // count) for count in range(1, rows_per_update + 1)}  # 8, 4, 3 (3 + 3 + 2), 2, 1
+    sizes = [micro_batch] if micro_batch else sorted(every, reverse=True)
     size, layers = sizes[-1], cost.layers if recomputed is None else recomputed
     reason = "nothing smaller is left to try"
     for candidate in sizes:

@@ -26,7 +26,7 @@ def test_less_memory_means_more_recomputed_layers_and_then_smaller_pieces() -> N
     assert plans[0].checkpointing == "none" and plans[0].micro_batch == 8
     assert plans[1].checkpointing == "selective" and 0 < plans[1].recomputed < plans[2].recomputed
     assert plans[-1].micro_batch < 8
-    assert all(p.micro_batch * p.accumulation == 8 for p in plans)
+    assert all((p.accumulation - 1) * p.micro_batch < 8 <= p.micro_batch * p.accumulation for p in plans)
     assert all(
         p.forecast_gib is not None and p.forecast_gib <= gib for p, gib in zip(plans, (78, 40, 24, 12, 8), strict=True)
     )
@@ -38,7 +38,8 @@ def test_no_fewer_pieces_and_no_fewer_recomputed_layers_would_fit() -> None:
         if p.recomputed:
             assert COST.peak(p.tokens, p.recomputed - 1) > gib * plan.GIB
         if p.micro_batch < 8:
-            tokens = max(sum(piece) for update in UPDATES for piece in plan.pieces(update, p.micro_batch * 2))
+            fewer = -(-8 // (p.accumulation - 1))
+            tokens = max(sum(piece) for update in UPDATES for piece in plan.pieces(update, fewer))
             assert COST.peak(tokens, COST.layers) > gib * plan.GIB
 
 
