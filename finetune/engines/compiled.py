@@ -1,7 +1,7 @@
 """The compiled training path: no padding, variable-length attention, compiled decoder layers, a loss without full logits.
 
 The same mathematics as transformers + peft in bfloat16, in a form that keeps a GPU busy. The rows of a micro-batch lie end
-to end in one row of tokens; `lengths` say where each ends, and attention sees no further (torch.nn.attention.varlen,
+to end in one row of tokens; `ends` says where each stops, and attention sees no further (torch.nn.attention.varlen,
 through transformers' attention registry). Each decoder layer runs under torch.compile with a symbolic number of tokens, so
 that it is compiled once. What is not here (rotary embeddings, norms, the layers' own code) is transformers'.
 """
@@ -16,7 +16,6 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import bitsandbytes
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,6 +40,10 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
     """
     ALL_ATTENTION_FUNCTIONS.register("varlen", varlen)
     decoder: Any = model.get_base_model().model
+    if odd := {s for s, d in ((a.scaling, a.head_dim) for a in (x.self_attn for x in decoder.layers)) if s != d**-0.5}:
+        raise NotImplementedError(
+            f"attention scaled by {odd}; torch 2.10's kernel has the usual head_dim ** -0.5 alone"
+        )
     before = model.config._attn_implementation
     adapted = [module for module in decoder.modules() if hasattr(module, "lora_A")]
     model.config._attn_implementation = "varlen"
@@ -52,8 +55,6 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
         decoder.embed_tokens.register_forward_hook(lambda module, inputs, output: _any_length(output.requires_grad_())),
         decoder.rotary_emb.register_forward_hook(lambda module, inputs, output: tuple(map(_any_length, output))),
     ]
-    sync = bitsandbytes.optim.optimizer.sync_gpu
-    bitsandbytes.optim.optimizer.sync_gpu = lambda tensor: None  # waits after each of 448 tensors: 40 ms an update
     if device != "cpu":
         for layer in decoder.layers:
             layer.compile(options={"shape_padding": False})  # its padding is chosen by timing, anew in every process
@@ -63,7 +64,6 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
         model.config._attn_implementation = before
         for hook in hooks:
             hook.remove()
-        bitsandbytes.optim.optimizer.sync_gpu = sync
         for module in adapted:
             del module.forward
         for layer in decoder.layers:
@@ -72,7 +72,7 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
 
 def varlen(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-    scaling: float | None = None, ends: Any = None, longest: int = 0, **_: Any,
+    ends: Any = None, longest: int = 0, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Causal attention within each row. query: (1, heads, tokens, head_dim); key, value: fewer heads where they are shared.
 
@@ -80,8 +80,6 @@ def varlen(
     and values in place, without a copy for each query head.
     """
     q, k, v = (states.transpose(1, 2)[0].contiguous() for states in (query, key, value))
-    if scaling is not None and scaling != q.shape[-1] ** -0.5:
-        raise NotImplementedError(f"attention scaled by {scaling}; torch 2.10 has only the usual head_dim ** -0.5")
     out: Any = varlen_attn(q, k, v, ends, ends, longest, longest, **CAUSAL)
     return out[None], None
 

@@ -195,9 +195,10 @@ def test_afterwards_the_model_is_what_it_was(folder: Path, device: str) -> None:
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_attention_of_another_scale_is_refused_and_not_computed_wrongly() -> None:
+def test_attention_of_another_scale_is_refused_and_not_computed_wrongly(folder: Path) -> None:
     from finetune.engines import compiled
 
-    states = torch.zeros(1, 2, 5, 16)
-    with pytest.raises(NotImplementedError, match="scaled by"):
-        compiled.varlen(torch.nn.Module(), states, states, states, None, scaling=0.3)
+    model = adapted(folder, "cpu", torch.float32)
+    model.get_base_model().model.layers[1].self_attn.scaling = 0.3
+    with pytest.raises(NotImplementedError, match="scaled by"), compiled.applied(model, 8, 200, "cpu"):
+        pass
