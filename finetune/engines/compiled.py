@@ -40,7 +40,8 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
     """
     ALL_ATTENTION_FUNCTIONS.register("varlen", varlen)
     decoder: Any = model.get_base_model().model
-    if odd := {s for s, d in ((a.scaling, a.head_dim) for a in (x.self_attn for x in decoder.layers)) if s != d**-0.5}:
+    attentions = [layer.self_attn for layer in decoder.layers]
+    if odd := {a.scaling for a in attentions if a.scaling != a.head_dim**-0.5}:
         raise NotImplementedError(
             f"attention scaled by {odd}; torch 2.10's kernel has the usual head_dim ** -0.5 alone"
         )
