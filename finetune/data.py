@@ -425,7 +425,6 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
         as_text = functools.partial(_template_text, template(settings), tokenizer, settings.prompt_columns + settings.completion_columns)  # fmt: skip
     encode = functools.partial(_encode, as_text, tokenizer, settings.max_seq_length, settings.train_on == "response")
     source = Dataset.from_list([{"row": json.dumps(row, ensure_ascii=False)} for row in rows.rows])
-    # below a few hundred rows a second process costs more time than it saves
     processes = settings.dataset_num_proc if settings.dataset_num_proc > 1 and len(source) > FEW_ROWS else None
     mapped = source.map(encode, remove_columns=["row"], num_proc=processes, load_from_cache_file=False)
     lost = sum(all(label == IGNORED for label in labels[:-1]) for labels in mapped["labels"])

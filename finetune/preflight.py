@@ -114,9 +114,6 @@ def check(settings: Settings, visible: list[Gpu], environ: Mapping[str, str], *,
     """
     temporary()
     if closed := list(_closed(settings)):
-        raise PreflightError(*closed)  # nothing else can be said of a model that cannot be read
-    temporary()
-    if closed := list(_closed(settings)):
         raise PreflightError(*closed)  # nothing more can be said of a model that cannot be read
     count = count or parameters(settings.model_name)
     problems = [

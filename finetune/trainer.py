@@ -21,9 +21,10 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from finetune import checkpoints, console, files, plan
+from finetune import checkpoints, console, files
 from finetune.data import IGNORED
 from finetune.errors import Refusal
+from finetune.plan import Plan, pieces
 
 if TYPE_CHECKING:
     from finetune.engines.compiled import Packed
@@ -58,9 +59,10 @@ class StopAtStep(TrainerCallback):
 
 
 class OurTrainer(SFTTrainer):
-    """SFTTrainer for which one batch is one update. `begin` must be called before `train`."""
+    """SFTTrainer for which one batch is one update. `begin` must be called, and plan and progress set, before `train`."""
 
     data_collator: Any
+    plan: Plan
     progress: console.Progress
 
     def begin(
@@ -72,7 +74,6 @@ class OurTrainer(SFTTrainer):
         """
         self.folder, self.keep, self.packed = folder, keep, packed
         self.recompute, self.may_recompute = recompute, may_recompute
-        self.plan = plan.Plan(micro_batch=1, accumulation=1, recomputed=0, layers=0, reason="none yet")
         self.stop: int | None = None
         self.first_step_s = self.started_s = 0.0
         self.metrics: list[dict[str, float]] = []
@@ -112,7 +113,7 @@ class OurTrainer(SFTTrainer):
         count = torch.tensor(
             sum(label != IGNORED for row in rows for label in row["labels"][1:]), device=self.args.device
         )
-        losses = [self.piece(model, piece, count) for piece in plan.pieces(rows, self.plan.micro_batch)]
+        losses = [self.piece(model, piece, count) for piece in pieces(rows, self.plan.micro_batch)]
         return torch.stack(losses).sum()
 
     def piece(self, model: Any, rows: Sequence[Row], count: Any) -> Any:
@@ -146,7 +147,7 @@ class OurTrainer(SFTTrainer):
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
 
-    def _smaller(self, message: str) -> plan.Plan:
+    def _smaller(self, message: str) -> Plan:
         """The plan with half the micro-batch. Raises Refusal where a single row does not fit."""
         before, again = self.plan, f"out of GPU memory: update {self.state.global_step + 1} is repeated"
         if before.micro_batch == 1 and before.recomputed < before.layers and self.may_recompute:
@@ -159,9 +160,11 @@ class OurTrainer(SFTTrainer):
                 f"MAX_SEQ_LENGTH={self.args.max_length // 2}, lower LORA_R, or set GRADIENT_CHECKPOINTING=true."
             )
         size = before.micro_batch // 2
-        pieces = math.ceil(before.micro_batch * before.accumulation / size)
-        print(f"{again} as {size} x {pieces}", flush=True)
-        return dataclasses.replace(before, micro_batch=size, accumulation=pieces, reason="halved: out of GPU memory")
+        accumulation = math.ceil(before.micro_batch * before.accumulation / size)
+        print(f"{again} as {size} x {accumulation}", flush=True)
+        return dataclasses.replace(
+            before, micro_batch=size, accumulation=accumulation, reason="halved: out of GPU memory"
+        )
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers would look for a tensor of tokens."""

@@ -22,10 +22,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune import files  # noqa: E402
+from finetune import files, preflight  # noqa: E402
 
 SKIPPED = 8  # updates that compile and warm up
-PARAMETERS = 8.03e9
 CASES: dict[str, dict[str, str] | list[str]] = {
     "tutorial": ["unsloth"],
     "trl": ["transformers"],
@@ -57,12 +56,12 @@ def main() -> None:
     work = Path(os.environ.get("WORK", "/tmp/work"))
     if not (work / "rows.json").is_file():
         parser.error(f"WORK={work}: holds no workload; make it with TOKENIZER=… python benchmarks/workload.py")
-    here = machine()
+    here = machine() | dict(parameters=preflight.parameters(str(work / "model")))
     results: list[dict[str, Any]] = []
     for name in chosen:
         results.append(dict(case=name, **run(name, given.steps, given.timeout, given.out, work)))
         files.write_json(given.out / "bench.json", dict(machine=here, results=results))
-    print(table(results, here["flop_per_s"]))
+    print(table(results, here["parameters"], here["flop_per_s"]))
 
 
 def run(name: str, steps: int, timeout: float, out: Path, work: Path) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def copied(folder: Path) -> float:
 
 def machine() -> dict[str, Any]:
     """GPU, driver, versions, and what a plain product of matrices reaches here."""
-    from finetune import preflight, report
+    from finetune import report
 
     visible = preflight.gpus(os.environ)
     if not visible:
@@ -152,7 +151,7 @@ def machine() -> dict[str, Any]:
     return dict(gpu=gpu.name, driver=gpu.driver, versions=report.versions(), flop_per_s=float(speed or "nan"))
 
 
-def table(results: list[dict[str, Any]], flop_per_s: float) -> str:
+def table(results: list[dict[str, Any]], parameters: int, flop_per_s: float) -> str:
     """The results side by side; the first baseline is the measure.
 
     The floor is the arithmetic alone: 4 FLOP a token and weight, forward and through the activations backward.
@@ -168,7 +167,7 @@ def table(results: list[dict[str, Any]], flop_per_s: float) -> str:
             continue
         ratio = f"{measure['step_s'] / r['step_s']:.2f}" if measure else ""
         forecast = f" ({r['forecast_gib']:.1f})" if r.get("forecast_gib") else ""
-        floor = 4 * PARAMETERS * r["tokens_per_s"] / flop_per_s
+        floor = 4 * parameters * r["tokens_per_s"] / flop_per_s
         plan = r["plan"] + (f", {r['checkpointing']}" if "checkpointing" in r else ', "unsloth" or full')
         lines.append(
             f"| {r['case']} | {plan} | {r['step_s']} | {r['tokens_per_s']:,} | {ratio} | {floor:.0%} | {r['peak_gib']}{forecast} | "

@@ -1,7 +1,7 @@
 """Two ways to load a model and train it, behind the same functions: `engines.unsloth` and `engines.transformers`.
 
 Each has
-  prepare(environ)                  -> None       what must happen before other libraries are imported
+  prepare()                         -> None       what must happen before other libraries are imported
   load(settings, source)            -> PeftModel  base in 4 bits where asked, adapter attached, ready to train
   answering(model)                  -> context    the model set up for generation, and back for training afterwards
   path(model, choice, ...)          -> context    the model set up for training; yields the compiled path, or None
