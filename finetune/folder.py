@@ -52,6 +52,8 @@ def finished(output: Path) -> dict[str, Any]:
     """The record of the complete run in `output`. Raises SettingsError where there is none."""
     try:
         record: dict[str, Any] = json.loads((output / "run.json").read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it is not a JSON object")
     except FileNotFoundError:
         raise SettingsError(
             f"OUTPUT_DIR={output}: holds no finished run (no run.json); train first, or give the folder of a run"

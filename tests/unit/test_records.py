@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune import reproduce
+from finetune import folder, reproduce
 from finetune.errors import NotReproduced, SettingsError
 from finetune.settings import Settings
 
@@ -129,3 +129,10 @@ def test_a_missing_shard_is_a_difference(tmp_path: Path) -> None:
     made["files"]["merged/model-00002-of-00002.safetensors"] = {"sha256": SHA, "bytes": 1}
     with pytest.raises(NotReproduced):
         reproduce.judge(tmp_path, record(), made, None)
+
+
+@pytest.mark.parametrize("content", ["[]", '"text"', "{", "7"])
+def test_a_run_json_that_is_no_record_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"run\.json: cannot be read"):
+        folder.verify(tmp_path)
