@@ -18,7 +18,8 @@ GIB = 2**30
 class Cost:
     """What training takes, in bytes; `per token` where it says so.
 
-    fixed: weights, adapter, gradients and optimizer. outside: per token, from the forward to the backward pass, before and
+    fixed: weights, adapter, gradients and optimizer. movable: what of it can wait in the host's memory: the input embedding.
+    outside: per token, from the forward to the backward pass, before and
     after the layers. kept: the same per token and layer. kept_recomputed: the same where the layer is recomputed (its input). work, work_token: on top while a layer goes
     backward. loss, loss_token: on top while the loss is computed. partial: some layers may be recomputed and others not.
     launch_s, token_s: seconds for a piece whatever its size, and for the arithmetic of each of its tokens.
@@ -34,6 +35,7 @@ class Cost:
     loss: float
     loss_token: float
     partial: bool = True
+    movable: float = 0.0
     launch_s: float = 0.0
     token_s: float = 0.0
 
@@ -66,13 +68,17 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one update is computed. recomputed: layers whose activations are recomputed, of `layers`."""
+    """How one update is computed. recomputed: layers whose activations are recomputed, of `layers`.
+
+    embedding_on_host: whether the input embedding waits in the host's memory, and only the rows of a piece come over.
+    """
 
     micro_batch: int
     accumulation: int
     recomputed: int
     layers: int
     reason: str
+    embedding_on_host: bool = False
     tokens: int = 0
     limit_gib: float | None = None
     forecast_gib: float | None = None
@@ -90,10 +96,9 @@ class Plan:
     def describe(self) -> str:
         """One line for the console."""
         some = f" ({self.recomputed} of {self.layers} layers)" if self.checkpointing == "selective" else ""
+        host = ", embedding on the host" if self.embedding_on_host else ""
         memory = f", {self.forecast_gib:.1f} GiB expected" if self.forecast_gib else ""
-        return (
-            f"{self.micro_batch} x {self.accumulation}, checkpointing {self.checkpointing}{some}{memory}; {self.reason}"
-        )
+        return f"{self.micro_batch} x {self.accumulation}, checkpointing {self.checkpointing}{some}{host}{memory}; {self.reason}"
 
     def record(self) -> dict[str, Any]:
         """The part of run.json on the plan."""
@@ -117,8 +122,8 @@ def choose(
     """The plan with the fewest pieces that fit `limit` bytes, and among those with the fewest recomputed layers.
 
     updates: the lengths of the rows of each, in tokens. padded: a piece is filled up to its longest row.
-    micro_batch, recomputed: what the user set, which is kept as it is. Where nothing fits, the smallest plan is returned:
-    the forecast has a margin, and an out-of-memory error its own way out.
+    micro_batch, recomputed: what the user set, which is kept as it is. What is movable moves where that saves a piece. Where
+    nothing fits, the smallest plan is returned: the forecast has a margin, and an out-of-memory error its own way out.
     """
 
     def sizes_of(size: int, lengths: Sequence[int]) -> list[int]:
@@ -127,21 +132,29 @@ def choose(
     def tokens(size: int) -> int:
         return max(count for lengths in updates for count in sizes_of(size, lengths))
 
+    def fewest(limit: float) -> tuple[int, int] | None:
+        """Rows a piece and recomputed layers under `limit` bytes."""
+        for size in sizes:
+            layers = cost.recomputed(tokens(size), limit) if recomputed is None else recomputed
+            if layers is not None and cost.peak(tokens(size), layers) <= limit:
+                return size, layers
+        return None
+
     every = {-(-rows_per_update // count) for count in range(1, rows_per_update + 1)}  # 8, 4, 3 (3 + 3 + 2), 2, 1
     sizes = [micro_batch] if micro_batch else sorted(every, reverse=True)
-    size, layers = sizes[-1], cost.layers if recomputed is None else recomputed
-    reason = "nothing smaller is left to try"
-    for candidate in sizes:
-        count = cost.recomputed(tokens(candidate), limit) if recomputed is None else recomputed
-        if count is not None and cost.peak(tokens(candidate), count) <= limit:
-            size, layers = candidate, count
-            reason = f"the fewest pieces that fit {limit / GIB:.1f} GiB"
-            break
+    found, on_host = fewest(limit), False
+    if cost.movable and (not found or found[0] < sizes[0]):
+        moved = fewest(limit + cost.movable)
+        if not found or (moved and moved[0] > found[0]):
+            found, on_host = moved, True
+    size, layers = found or (sizes[-1], cost.layers if recomputed is None else recomputed)
+    reason = f"the fewest pieces that fit {limit / GIB:.1f} GiB" if found else "nothing smaller is left to try"
     if micro_batch:
         reason = "as set" if recomputed is not None else f"{micro_batch} rows as set; {reason}"
     seconds = [sum(cost.seconds(count, layers) for count in sizes_of(size, lengths)) for lengths in updates]
+    peak = cost.peak(tokens(size), layers) - on_host * cost.movable
     return Plan(
         micro_batch=size, accumulation=-(-rows_per_update // size), recomputed=layers, layers=cost.layers, reason=reason,
-        tokens=tokens(size), limit_gib=round(limit / GIB, 3), forecast_gib=round(cost.peak(tokens(size), layers) / GIB, 3),
+        embedding_on_host=on_host, tokens=tokens(size), limit_gib=round(limit / GIB, 3), forecast_gib=round(peak / GIB, 3),
         forecast_step_s=round(sum(seconds) / len(seconds), 3),
     )  # fmt: skip

@@ -107,6 +107,8 @@ def fit(
         limit = _memory(settings)
         trainer.plan = plan.Plan.of(followed) if followed else _plan(trainer, model, settings, tokens, engine, limit)
         recompute(trainer.plan.recomputed)
+        if packed and trainer.plan.embedding_on_host:
+            packed.embedding_to_host(model)
         print(f"plan: {trainer.plan.describe()}", flush=True)
         trainer.progress = console.Progress(updates(settings, tokens), settings.logging_steps, len(trainer.metrics))
         if torch.cuda.is_available():
@@ -185,6 +187,8 @@ def _plan(
     except torch.OutOfMemoryError:
         cost = None
     trainer.forget(model)
+    if cost and trainer.packed:
+        cost = dataclasses.replace(cost, movable=trainer.packed.movable(model))
     if cost is None:
         return dataclasses.replace(as_set, reason="as set: there was no memory to measure what a token costs")
     sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}

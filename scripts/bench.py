@@ -42,9 +42,7 @@ CASES: dict[str, dict[str, str] | list[str]] = {
 def main() -> None:
     """Run the cases that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cases", default=",".join(CASES).replace(", ", ","), help="names without spaces, commas between"
-    )
+    parser.add_argument("--cases", default="/".join(CASES), help=f"names with a slash between: {'/'.join(CASES)}")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--timeout", type=float, default=300)

@@ -51,11 +51,7 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
     for module in adapted:
         module.forward = types.MethodType(lora_linear, module)
         module.base_layer.compute_type_is_set = True  # else set in the first call, and each layer is compiled twice
-    # The first layer's input needs no gradient; where it claims one, the first layer is compiled like all others.
-    hooks = [
-        decoder.embed_tokens.register_forward_hook(lambda module, inputs, output: _any_length(output.requires_grad_())),
-        decoder.rotary_emb.register_forward_hook(lambda module, inputs, output: tuple(map(_any_length, output))),
-    ]
+    rotary = decoder.rotary_emb.register_forward_hook(lambda module, inputs, output: tuple(map(_any_length, output)))
     if device != "cpu":
         for layer in decoder.layers:
             layer.compile(options={"shape_padding": False})  # its padding is chosen by timing, anew in every process
@@ -63,8 +59,8 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
         yield Packed(places, longest, device)
     finally:
         model.config._attn_implementation = before
-        for hook in hooks:
-            hook.remove()
+        decoder.embed_tokens.to(device)
+        rotary.remove()
         for module in adapted:
             del module.forward
         for layer in decoder.layers:
@@ -118,9 +114,9 @@ class Packed:
         labels = [label if position else IGNORED for row in rows for position, label in enumerate(row["labels"])]
         ends = list(itertools.accumulate((len(row["input_ids"]) for row in rows), initial=0))
         ends += [ends[-1]] * (self.places + 1 - len(ends))
-        flat = torch.tensor([ids, positions, labels]).to(self.device)
+        flat = torch.tensor([positions, labels]).to(self.device)
         return dict(
-            input_ids=flat[0:1], position_ids=flat[1:2], labels=flat[2:3], longest=self.longest,
+            input_ids=torch.tensor([ids]), position_ids=flat[0:1], labels=flat[1:2], longest=self.longest,
             ends=torch.tensor(ends, dtype=torch.int32).to(self.device),
         )  # fmt: skip
 
@@ -128,11 +124,27 @@ class Packed:
         """Summed cross entropy of the packed tokens, divided by `count`: the labels of the whole update."""
         base: Any = model.get_base_model()
         batch = dict(packed)
-        labels = batch.pop("labels")
+        labels, embedding = batch.pop("labels"), base.model.embed_tokens
         _any_length(batch["position_ids"])
+        inputs = embedding(batch.pop("input_ids").to(embedding.weight.device)).to(self.device)
+        # The first layer's input needs no gradient; where it claims one, the first layer is compiled like all others.
+        batch["inputs_embeds"] = _any_length(inputs.requires_grad_())
         hidden = base.model(**batch, attention_mask=None, use_cache=False).last_hidden_state
         total: torch.Tensor = CrossEntropy.apply(hidden[0, :-1], base.lm_head.weight, labels[0, 1:])
         return total / count
+
+    @staticmethod
+    def movable(model: PeftModel) -> int:
+        """Bytes on the GPU that `embedding_to_host` frees: none where the last layer uses the same weights."""
+        base: Any = model.get_base_model()
+        weight: torch.Tensor = base.model.embed_tokens.weight
+        return 0 if weight is base.lm_head.weight else weight.nbytes
+
+    @staticmethod
+    def embedding_to_host(model: PeftModel) -> None:
+        """Keep the input embedding in the host's memory until `applied` ends; only a micro-batch's rows come over."""
+        base: Any = model.get_base_model()
+        base.model.embed_tokens.to("cpu")
 
 
 class CrossEntropy(torch.autograd.Function):

@@ -72,7 +72,7 @@ def labels_of(some: list[dict[str, list[int]]]) -> int:
 
 
 def packed_run(
-    model: Any, some: list[dict[str, list[int]]], size: int, device: str
+    model: Any, some: list[dict[str, list[int]]], size: int, device: str, on_host: bool = False
 ) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of one update in pieces of `size` rows."""
     from finetune import plan
@@ -81,6 +81,8 @@ def packed_run(
     count, total = torch.tensor(labels_of(some), device=device), 0.0
     model.zero_grad()
     with compiled.applied(model, len(some), 200, device) as packed:
+        if on_host:
+            packed.embedding_to_host(model)
         for piece in plan.pieces(some, size):
             loss = packed.loss(model, packed.pack(piece), count)
             loss.backward()
@@ -172,6 +174,17 @@ def test_recomputed_layers_give_the_same_gradients(folder: Path, device: str) ->
         engine.recompute(model, SimpleNamespace(), count)
         found.append(packed_run(model, rows(), 4, device))
     assert all(distance(gradients, found[0][1]) < 1e-6 for _, gradients in found[1:])
+
+
+def test_an_embedding_on_the_host_changes_nothing(folder: Path, device: str) -> None:
+    from finetune.engines import compiled
+
+    model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    weight = model.get_input_embeddings().weight
+    assert compiled.Packed.movable(model) == weight.nbytes
+    there, moved = (packed_run(model, rows(), 4, device, on_host) for on_host in (False, True))
+    assert moved[0] == there[0] and distance(moved[1], there[1]) == 0
+    assert model.get_input_embeddings().weight.device.type == device
 
 
 def test_dropout_reaches_the_adapter_alone(folder: Path, device: str) -> None:

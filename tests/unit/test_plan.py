@@ -50,6 +50,24 @@ def test_what_the_user_set_is_kept() -> None:
     assert (kept.micro_batch, kept.recomputed) == (8, 0)
 
 
+def test_the_embedding_waits_on_the_host_only_where_that_saves_a_piece() -> None:
+    import dataclasses
+
+    cost = dataclasses.replace(COST, movable=1.0 * plan.GIB)
+    for gib in (78, 40, 24, 12, 8):
+        limit = gib * plan.GIB
+        there, moved = chosen(gib), plan.choose(8, UPDATES, cost, limit)
+        if moved.embedding_on_host:
+            assert moved.accumulation < there.accumulation and moved.forecast_gib is not None
+            assert COST.peak(moved.tokens, moved.recomputed) - cost.movable <= limit < COST.peak(moved.tokens, 32)
+            assert moved.forecast_gib == pytest.approx(
+                (COST.peak(moved.tokens, moved.recomputed)) / plan.GIB - 1, abs=1e-3
+            )
+        else:
+            assert moved == there
+    assert [plan.choose(8, UPDATES, cost, gib * plan.GIB).embedding_on_host for gib in (40, 8)] == [False, True]
+
+
 def test_where_nothing_fits_the_smallest_is_tried() -> None:
     assert (chosen(1).micro_batch, chosen(1).recomputed) == (1, 32)
 
