@@ -145,6 +145,7 @@ print(
             import_s=round(imported - start, 1),
             load_s=round(loaded - imported, 1),
             first_step_s=round(ends[0] - began, 1),
+            started_s=round(ends[0] - start, 1),
             step_s=round(step, 3),
             median_step_s=round(sorted(steps)[len(steps) // 2], 3),
             tokens_per_s=round(tokens / step),

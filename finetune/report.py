@@ -62,6 +62,7 @@ def record(
     """
     timings = {
         **clock.seconds,
+        "plan_s": round(fit.plan_s, 2),
         "first_step_s": round(fit.first_step_s, 2),
         "started_s": round(fit.started_s, 2),
         "total_s": round(time.perf_counter() - clock.began, 2),

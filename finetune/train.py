@@ -39,11 +39,13 @@ OPTIMIZER_BYTES = {
 class Fit:
     """What training did. metrics: one row an update; times in seconds, memory in GiB.
 
-    started_s: from the start of the process to the end of its first update.
+    plan_s: for measuring what a token costs, most of which is compiling. started_s: from the start of the process to the
+    end of its first update.
     """
 
     metrics: list[dict[str, float]]
     resumed_from: int | None
+    plan_s: float
     first_step_s: float
     started_s: float
     train_s: float
@@ -97,15 +99,20 @@ def fit(
         _optimizer_does_not_wait(settings),
         engine.path(model, choice, settings.rows_per_update, tokens.longest) as packed,
     ):
-        recompute = functools.partial(engine.recompute, model, trainer.args)
+        recompute = (
+            functools.partial(packed.recompute, model)
+            if packed
+            else functools.partial(engine.recompute, model, trainer.args)
+        )
         planned = "gradient_checkpointing" not in settings.given
         trainer.begin(folder, settings.save_total_limit, packed, recompute, may_recompute=planned)
         if resume is not None:
             print(f"going on from {resume}", flush=True)
             trainer.metrics = json.loads((resume / "metrics.json").read_text())
             followed = json.loads((resume / "plan.json").read_text())
-        limit = _memory(settings)
+        limit, planning = _memory(settings), time.perf_counter()
         trainer.plan = plan.Plan.of(followed) if followed else _plan(trainer, model, settings, tokens, engine, limit)
+        plan_s = time.perf_counter() - planning
         recompute(trainer.plan.recomputed)
         if packed and trainer.plan.embedding_on_host:
             packed.embedding_to_host(model)
@@ -127,6 +134,7 @@ def fit(
     return Fit(
         metrics=trainer.metrics,
         resumed_from=int(resume.name.rpartition("-")[2]) if resume else None,
+        plan_s=plan_s,
         first_step_s=trainer.first_step_s,
         started_s=trainer.started_s,
         train_s=seconds,
@@ -161,10 +169,33 @@ def _plan(
     )  # fmt: skip
     if limit is None:
         return as_set
+    sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    kept = "gradient_checkpointing" in settings.given
+    lengths = trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens)))
+    chosen = None
+    # the second pass, and what it compiles, only where layers must be recomputed
+    for partial in [engine.PARTIAL] if kept or not engine.PARTIAL else [False, True]:
+        cost = _cost(trainer, model, settings, tokens, engine, partial)
+        if cost is None:
+            continue
+        chosen = plan.choose(
+            settings.rows_per_update, lengths, cost, plan.usable(limit), padded=trainer.pads,
+            micro_batch=settings.per_device_train_batch_size if sized else None, recomputed=recomputed if kept else None,
+        )  # fmt: skip
+        if not chosen.recomputed:
+            break
+    return chosen or dataclasses.replace(as_set, reason="as set: there was no memory to measure what a token costs")
+
+
+def _cost(
+    trainer: OurTrainer, model: PeftModel, settings: Settings, tokens: Tokens, engine: Engine, partial: bool
+) -> plan.Cost | None:
+    """What a token costs; None where the memory for measuring it was not there. partial: also with recomputed layers."""
     import torch
 
     from finetune import probe
 
+    layers = engine.layers(model)
     some = trainer.train_dataset.select(range(min(64, len(tokens.dataset))))["input_ids"]
     stream = [token for ids in some for token in ids]
     most = min(1024, tokens.longest * settings.rows_per_update, len(stream))
@@ -181,22 +212,19 @@ def _plan(
     try:
         with torch.random.fork_rng():
             cost = probe.measure(
-                model, layers, width, trained * OPTIMIZER_BYTES.get(settings.optim, 4), (most // 2, most), run,
-                partial=engine.PARTIAL,
-            )  # fmt: skip
+                model,
+                layers,
+                width,
+                trained * OPTIMIZER_BYTES.get(settings.optim, 4),
+                (most // 2, most),
+                run,
+                partial=partial,
+            )
     except torch.OutOfMemoryError:
-        cost = None
-    trainer.forget(model)
-    if cost and trainer.packed:
-        cost = dataclasses.replace(cost, movable=trainer.packed.movable(model))
-    if cost is None:
-        return dataclasses.replace(as_set, reason="as set: there was no memory to measure what a token costs")
-    sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    return plan.choose(
-        settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, plan.usable(limit),
-        padded=trainer.pads, micro_batch=settings.per_device_train_batch_size if sized else None,
-        recomputed=recomputed if "gradient_checkpointing" in settings.given else None,
-    )  # fmt: skip
+        return None
+    finally:
+        trainer.forget(model)
+    return dataclasses.replace(cost, movable=trainer.packed.movable(model)) if trainer.packed else cost
 
 
 @contextlib.contextmanager
