@@ -99,11 +99,7 @@ def fit(
         _optimizer_does_not_wait(settings),
         engine.path(model, choice, settings.rows_per_update, tokens.longest) as packed,
     ):
-        recompute = (
-            functools.partial(packed.recompute, model)
-            if packed
-            else functools.partial(engine.recompute, model, trainer.args)
-        )
+        recompute = functools.partial(engine.recompute, model, trainer.args)
         planned = "gradient_checkpointing" not in settings.given
         trainer.begin(folder, settings.save_total_limit, packed, recompute, may_recompute=planned)
         if resume is not None:
@@ -169,33 +165,10 @@ def _plan(
     )  # fmt: skip
     if limit is None:
         return as_set
-    sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    kept = "gradient_checkpointing" in settings.given
-    lengths = trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens)))
-    chosen = None
-    # the second pass, and what it compiles, only where layers must be recomputed
-    for partial in [engine.PARTIAL] if kept or not engine.PARTIAL else [False, True]:
-        cost = _cost(trainer, model, settings, tokens, engine, partial)
-        if cost is None:
-            continue
-        chosen = plan.choose(
-            settings.rows_per_update, lengths, cost, plan.usable(limit), padded=trainer.pads,
-            micro_batch=settings.per_device_train_batch_size if sized else None, recomputed=recomputed if kept else None,
-        )  # fmt: skip
-        if not chosen.recomputed:
-            break
-    return chosen or dataclasses.replace(as_set, reason="as set: there was no memory to measure what a token costs")
-
-
-def _cost(
-    trainer: OurTrainer, model: PeftModel, settings: Settings, tokens: Tokens, engine: Engine, partial: bool
-) -> plan.Cost | None:
-    """What a token costs; None where the memory for measuring it was not there. partial: also with recomputed layers."""
     import torch
 
     from finetune import probe
 
-    layers = engine.layers(model)
     some = trainer.train_dataset.select(range(min(64, len(tokens.dataset))))["input_ids"]
     stream = [token for ids in some for token in ids]
     most = min(1024, tokens.longest * settings.rows_per_update, len(stream))
@@ -212,19 +185,22 @@ def _cost(
     try:
         with torch.random.fork_rng():
             cost = probe.measure(
-                model,
-                layers,
-                width,
-                trained * OPTIMIZER_BYTES.get(settings.optim, 4),
-                (most // 2, most),
-                run,
-                partial=partial,
-            )
+                model, layers, width, trained * OPTIMIZER_BYTES.get(settings.optim, 4), (most // 2, most), run,
+                partial=engine.PARTIAL,
+            )  # fmt: skip
     except torch.OutOfMemoryError:
-        return None
-    finally:
-        trainer.forget(model)
-    return dataclasses.replace(cost, movable=trainer.packed.movable(model)) if trainer.packed else cost
+        cost = None
+    trainer.forget(model)
+    if cost and trainer.packed:
+        cost = dataclasses.replace(cost, movable=trainer.packed.movable(model))
+    if cost is None:
+        return dataclasses.replace(as_set, reason="as set: there was no memory to measure what a token costs")
+    sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    return plan.choose(
+        settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, plan.usable(limit),
+        padded=trainer.pads, micro_batch=settings.per_device_train_batch_size if sized else None,
+        recomputed=recomputed if "gradient_checkpointing" in settings.given else None,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import itertools
 import types
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.data import IGNORED
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: 0.12 GiB in bfloat16 at 128,256 words
-# inductor chooses paddings by timing, anew in every process, and cannot draw its own random numbers (LORA_DROPOUT) a second time
-OPTIONS: dict[str, Any] = {"shape_padding": False, "fallback_random": True}
 # torch 2.10, of the CUDA 12.8 lock, takes is_causal, and 2.11 a window that ends at the token itself
 CAUSAL: dict[str, Any] = (
     dict(window_size=(-1, 0)) if "window_size" in inspect.signature(varlen_attn).parameters else dict(is_causal=True)
@@ -56,10 +52,11 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
         module.forward = types.MethodType(lora_linear, module)
         module.base_layer.compute_type_is_set = True  # else set in the first call, and each layer is compiled twice
     rotary = decoder.rotary_emb.register_forward_hook(lambda module, inputs, output: tuple(map(_any_length, output)))
-    packed = Packed(places, longest, device)
-    packed.recompute(model, 0)
+    if device != "cpu":
+        for layer in decoder.layers:
+            layer.compile(options={"shape_padding": False})  # its padding is chosen by timing, anew in every process
     try:
-        yield packed
+        yield Packed(places, longest, device)
     finally:
         model.config._attn_implementation = before
         decoder.embed_tokens.to(device)
@@ -136,18 +133,6 @@ class Packed:
         total: torch.Tensor = CrossEntropy.apply(hidden[0, :-1], base.lm_head.weight, labels[0, 1:])
         return total / count
 
-    def recompute(self, model: PeftModel, count: int) -> None:
-        """Recompute the activations of the first `count` layers: those of the last are needed first in the backward pass.
-
-        It is part of the compiled layer. From outside, torch.utils.checkpoint keeps the CPU busy longer than the layer does.
-        """
-        base: Any = model.get_base_model()
-        dropout = any(type(module).__name__ == "Dropout" and module.p > 0 for module in model.modules())
-        once, twice = (_once, _twice) if self.device == "cpu" else (_compiled_once, _compiled_twice)
-        for index, layer in enumerate(base.model.layers):
-            forward = functools.partial(twice, layer, dropout) if index < count else functools.partial(once, layer)
-            layer._compiled_call_impl = forward  # what nn.Module.compile sets
-
     @staticmethod
     def movable(model: PeftModel) -> int:
         """Bytes on the GPU that `embedding_to_host` frees: none where the last layer uses the same weights."""
@@ -198,13 +183,4 @@ def _step(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, tor
     return losses, slope.to(logits.dtype)
 
 
-def _once(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return layer._call_impl(*args, **kwargs)
-
-
-def _twice(layer: torch.nn.Module, dropout: bool, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(layer._call_impl, *args, use_reentrant=False, preserve_rng_state=dropout, **kwargs)
-
-
 _compiled_step = torch.compile(_step, dynamic=True)
-_compiled_once, _compiled_twice = (torch.compile(forward, options=OPTIONS) for forward in (_once, _twice))
