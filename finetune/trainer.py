@@ -150,7 +150,8 @@ class OurTrainer(SFTTrainer):
 
     def _smaller(self, message: str) -> Plan:
         """The plan with half the micro-batch. Raises Refusal where a single row does not fit."""
-        before, again = self.plan, f"out of GPU memory: update {self.state.global_step + 1} is repeated"
+        before = dataclasses.replace(self.plan, tokens=0, forecast_gib=None, forecast_step_s=None)  # of other pieces
+        again = f"out of GPU memory: update {self.state.global_step + 1} is repeated"
         if before.micro_batch == 1 and before.recomputed < before.layers and self.may_recompute:
             print(f"{again} with the activations of all layers recomputed", flush=True)
             self.recompute(before.layers)

@@ -54,7 +54,7 @@ def test_the_update_is_repeated_in_half_the_pieces(
     out_of_memory_once(monkeypatch, larger_than=1, after=1)
     found, adapter = fit(llama, tmp_path / "halved")
     assert "update 2 is repeated as 2 x 2" in (said := capsys.readouterr().out) and "repeated as 1 x 4" in said
-    assert (found.plan.micro_batch, found.plan.accumulation) == (1, 4)
+    assert (found.plan.micro_batch, found.plan.accumulation, found.plan.forecast_gib) == (1, 4, None)
     assert [row["loss"] for row in found.metrics] == pytest.approx([row["loss"] for row in expected.metrics], rel=1e-5)
     assert [row["tokens"] for row in found.metrics] == [row["tokens"] for row in expected.metrics]
     assert all(torch.allclose(adapter[name], by_fours[name], rtol=1e-3, atol=1e-5) for name in by_fours)
