@@ -19,9 +19,9 @@ class Cost:
     """What training takes, in bytes; `per token` where it says so.
 
     fixed: weights, adapter, gradients and optimizer. movable: what of it can wait in the host's memory: the input embedding.
-    outside: per token, from the forward to the backward pass, before and
-    after the layers. kept: the same per token and layer. kept_recomputed: the same where the layer is recomputed (its input). work, work_token: on top while a layer goes
-    backward. loss, loss_token: on top while the loss is computed. partial: some layers may be recomputed and others not.
+    outside: per token, from the forward to the backward pass, before and after the layers. kept: the same per token and layer.
+    kept_recomputed: the same where the layer is recomputed (its input). work, work_token: on top while a layer goes backward.
+    loss, loss_token: on top while the loss is computed. partial: some layers may be recomputed and others not.
     launch_s, token_s: seconds for a piece whatever its size, and for the arithmetic of each of its tokens.
     """
 

@@ -57,9 +57,9 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
             layer.compile(options={"shape_padding": False})  # its padding is chosen by timing, anew in every process
     try:
         yield Packed(places, longest, device)
+        decoder.embed_tokens.to(device)  # not after an error: it may be that it does not fit
     finally:
         model.config._attn_implementation = before
-        decoder.embed_tokens.to(device)
         rotary.remove()
         for module in adapted:
             del module.forward
