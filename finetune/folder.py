@@ -16,11 +16,6 @@ from finetune.settings import Settings
 PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", "metrics.jsonl", "curves.png", "report.html", "samples.md", "README.md")  # fmt: skip
 
 
-def is_new(output: Path) -> bool:
-    """Whether `output` holds nothing of a run, so that nothing is to be compared and nothing replaced."""
-    return not any((output / name).exists() for name in PRODUCTS)
-
-
 def begin(settings: Settings, output: Path, decides: Mapping[str, Any]) -> bool:
     """Make `output` ready for a run; True where this very run is complete there already.
 

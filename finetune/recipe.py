@@ -28,12 +28,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(rows, tokenizer, settings)
     console.phase("loading", f"data: {tokens.describe()}, {rows.dropped} dropped")
-
-    def begin() -> bool:
-        return folder.begin(settings, output, {**choice.deciding(), **inputs.check(source, rows, tokens, recorded)})
-
-    fresh = recorded is None and folder.is_new(output)
-    if not fresh and begin():
+    if folder.begin(settings, output, {**choice.deciding(), **inputs.check(source, rows, tokens, recorded)}):
         print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
         return hub.publish(settings)
     clock.mark("data_s")
@@ -41,8 +36,6 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     model = engine.load(settings, source)
     if settings.save_merged:
         export.check_mergeable(model, source)
-    if fresh:
-        begin()  # the model is hashed while it is loaded: 16 GB take 18 s
     clock.mark("load_s")
     ask = answer.sample(engine, model, tokenizer, rows.messages, settings)
     before = ask("before")
