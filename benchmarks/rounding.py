@@ -56,6 +56,11 @@ def one_rounding(self: Any, x: torch.Tensor) -> torch.Tensor:
     return (x.float() @ self.base_layer.weight.float().t() + adapter.float()).to(x.dtype)
 
 
+def labels_of(rows: list[Row]) -> int:
+    """Tokens that are predicted: all but the first of each row."""
+    return sum(len(row["input_ids"]) - 1 for row in rows)
+
+
 def model_of(folder: str, dtype: torch.dtype) -> Any:
     """The 16-bit model computing in `dtype`, with the recipe's adapter in float32."""
     from peft import LoraConfig, get_peft_model
@@ -84,7 +89,7 @@ def course(kind: str, folder: str, updates: list[list[Row]]) -> list[float]:
                 with torch.autocast("cpu", torch.bfloat16):
                     logits = model(input_ids=ids).logits[0, :-1].float()
                 total = total + torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-            return total / sum(len(row["input_ids"]) - 1 for row in rows)
+            return total / labels_of(rows)
 
         return train(model, updates, rates, loss_of)
     with compiled.applied(model, ROWS, 160, "cpu") as packed:
@@ -97,9 +102,7 @@ def course(kind: str, folder: str, updates: list[list[Row]]) -> list[float]:
             for layer in decoder.layers:
                 layer.compile()
         return train(
-            model, updates, rates, lambda rows: packed.loss(
-                model, packed.pack(rows), torch.tensor(sum(len(row["input_ids"]) - 1 for row in rows))
-            ),
+            model, updates, rates, lambda rows: packed.loss(model, packed.pack(rows), torch.tensor(labels_of(rows)))
         )  # fmt: skip
 
 

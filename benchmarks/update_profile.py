@@ -24,14 +24,15 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import torch  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from finetune import files, preflight, recipe, report, trainer  # noqa: E402
+from finetune import files, recipe, trainer  # noqa: E402
 from finetune.settings import Settings  # noqa: E402
+from scripts import bench  # noqa: E402
 
 PLAIN, EACH = 12, 2
 KINDS = {  # the first whose word is in the kernel's name
     "attention": ("flash",),
     "NF4 to bfloat16": ("kDequantize",),
-    "optimizer": ("Optimizer", "kPreconditionOptimizer"),
+    "optimizer": ("Optimizer",),
     "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "cublas"),
     "activation functions, norms, rotary embedding, loss (compiled)": ("triton_",),
     "copies": ("Memcpy", "Memset"),
@@ -62,15 +63,9 @@ class Profiler(TrainerCallback):  # type: ignore[misc]
 def main(words: list[str]) -> None:
     """Run and write the profile."""
     out = Path(words.pop(0)) if words and "=" not in words[0] else ROOT / "outputs" / "profile.json"
-    work, folder = os.environ.get("WORK", "/tmp/work"), out.parent / "profiled"
+    work, folder = Path(os.environ.get("WORK", "/tmp/work")), out.parent / "profiled"
     given = dict(word.split("=", 1) for word in words)
-    settings = Settings.from_env(
-        {
-            "MODEL_NAME": f"{work}/model", "DATASET_NAME": f"{work}/rows.json", "MAX_STEPS": str(PLAIN + 2 * EACH),
-            "MAX_NEW_TOKENS": "0", "SAVE_STEPS": "0", "SAVE_MERGED": "0", "LOGGING_STEPS": "1", "OVERWRITE": "1",
-            "OUTPUT_DIR": str(folder), **given,
-        }
-    )  # fmt: skip
+    settings = Settings.from_env(bench.workload(work, folder, PLAIN + 2 * EACH) | given)
     profiler, begin = Profiler(), trainer.OurTrainer.begin
 
     def begin_profiled(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -81,11 +76,9 @@ def main(words: list[str]) -> None:
     recipe.run(settings, os.environ)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((folder / "run.json").read_text())
-    visible = preflight.gpus(os.environ)[0]
     found = dict(
         command=f"python3 benchmarks/update_profile.py OUT.json {' '.join(words)}".strip(),
-        machine=dict(gpu=visible.name, driver=visible.driver, versions=report.versions()),
-        plan=record["training"]["plan"], engine=record["engine"],
+        machine=bench.machine(), plan=record["training"]["plan"], engine=record["engine"],
         update_ms=round(1e3 * statistics.median(row["step_s"] for row in rows[8:PLAIN]), 1), **kernels(profiler.gpu),
         cpu_ms=functions(profiler.cpu),
     )  # fmt: skip
@@ -117,8 +110,8 @@ def functions(profile: cProfile.Profile) -> dict[str, float]:
     rows = [
         (f"{Path(file).name}:{line} {name}", own, total) for (file, line, name), (_, _, own, total, _) in stats.items()
     ]
-    own = sorted(rows, key=lambda row: -row[1])[:40]
-    return {f"{name} (total {total / EACH * 1e3:.0f})": round(mine / EACH * 1e3, 1) for name, mine, total in own}
+    largest = sorted(rows, key=lambda row: -row[1])[:40]
+    return {f"{name} (total {total / EACH * 1e3:.0f})": round(own / EACH * 1e3, 1) for name, own, total in largest}
 
 
 if __name__ == "__main__":

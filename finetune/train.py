@@ -191,10 +191,10 @@ def _plan(
     except torch.OutOfMemoryError:
         cost = None
     trainer.forget(model)
-    if cost and trainer.packed:
-        cost = dataclasses.replace(cost, movable=trainer.packed.movable(model))
     if cost is None:
         return dataclasses.replace(as_set, reason="as set: there was no memory to measure what a token costs")
+    if trainer.packed:
+        cost = dataclasses.replace(cost, movable=trainer.packed.movable(model))
     sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
     return plan.choose(
         settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, plan.usable(limit),

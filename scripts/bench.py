@@ -70,10 +70,7 @@ def run(name: str, steps: int, timeout: float, out: Path, work: Path) -> dict[st
         command = [sys.executable, str(ROOT / "benchmarks" / "tutorial.py"), *case, "--steps", str(steps)]
         environ = dict(os.environ, WORK=str(work))
     else:
-        settings = {
-            "MODEL_NAME": work / "model", "DATASET_NAME": work / "rows.json", "MAX_STEPS": steps, "MAX_NEW_TOKENS": 0,
-            "SAVE_STEPS": 0, "SAVE_MERGED": 0, "LOGGING_STEPS": 1, "OVERWRITE": 1, "OUTPUT_DIR": folder, **case,
-        }  # fmt: skip
+        settings = workload(work, folder, steps) | case
         command = [sys.executable, str(ROOT / "entrypoint.py"), "train", *(f"{k}={v}" for k, v in settings.items())]
         environ = dict(os.environ)
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
@@ -94,6 +91,15 @@ def run(name: str, steps: int, timeout: float, out: Path, work: Path) -> dict[st
         found["copy_gb_per_s"] = copied(folder / "merged")
     print(json.dumps({k: v for k, v in found.items() if k not in ("losses", "steps_s", "command")}), flush=True)
     return found
+
+
+def workload(work: Path, folder: Path, steps: int) -> dict[str, str]:
+    """Settings for updates on the standard workload and nothing else; results go to `folder`."""
+    values = {
+        "MODEL_NAME": work / "model", "DATASET_NAME": work / "rows.json", "MAX_STEPS": steps, "MAX_NEW_TOKENS": 0,
+        "SAVE_STEPS": 0, "SAVE_MERGED": 0, "LOGGING_STEPS": 1, "OVERWRITE": 1, "OUTPUT_DIR": folder,
+    }  # fmt: skip
+    return {name: str(value) for name, value in values.items()}
 
 
 def baseline(log: Path) -> dict[str, Any]:
