@@ -6,9 +6,7 @@ untrained     float32 with a learning rate of 0: what there was to learn from
 float32       nothing is rounded: what the others are held against
 peft          bfloat16 as transformers + peft under autocast compute it: each layer's product is rounded, and its sum with
               the adapter's once more, which at first is too small to be seen after that
-compiled      bfloat16 as finetune.engines.compiled computes it: the product is rounded, and its sum with the adapter's goes
-              unrounded into what comes next
-one rounding  compiled, but product and adapter are summed before either is rounded: not built, see docs/adr/0403
+compiled      bfloat16 as finetune.engines.compiled computes it: product and adapter are summed before either is rounded
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import json
 import random
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,15 +42,6 @@ def attention(q: Any, k: Any, v: Any, ends: Any, *_: Any, **__: Any) -> Any:
     k, v = (states.repeat_interleave(len(q) // len(states), 0) for states in (k, v))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf")).softmax(-1)
     return (weights @ v).transpose(0, 1).to(dtype)
-
-
-def one_rounding(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """compiled.lora_linear, but that the sum alone is rounded."""
-    (name,) = self.active_adapters
-    down = self.lora_A[name].weight.to(x.dtype)
-    up = (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
-    adapter = (x @ down.t()) @ up.t()
-    return (x.float() @ self.base_layer.weight.float().t() + adapter.float()).to(x.dtype)
 
 
 def labels_of(rows: list[Row]) -> int:
@@ -94,10 +82,6 @@ def course(kind: str, folder: str, updates: list[list[Row]]) -> list[float]:
         return train(model, updates, rates, loss_of)
     with compiled.applied(model, ROWS, 160, "cpu") as packed:
         decoder = model.get_base_model().model
-        if kind == "one rounding":
-            for module in decoder.modules():
-                if hasattr(module, "lora_A"):
-                    module.forward = types.MethodType(one_rounding, module)
         if not exact:
             for layer in decoder.layers:
                 layer.compile()
@@ -136,9 +120,7 @@ def main(out: Path) -> None:
     random.Random(1).shuffle(order)
     rows: list[Row] = [dict(input_ids=tokens[index]["input_ids"], labels=tokens[index]["labels"]) for index in order]
     updates = [rows[ROWS * index : ROWS * (index + 1)] for index in range(len(RATES))]
-    losses = {
-        kind: course(kind, folder, updates) for kind in ("untrained", "float32", "peft", "compiled", "one rounding")
-    }
+    losses = {kind: course(kind, folder, updates) for kind in ("untrained", "float32", "peft", "compiled")}
     exact = losses["float32"]
     found = dict(
         command="python3 benchmarks/rounding.py OUT.json", cpu=report.environment(None, {})["cpu"], versions=report.versions(), losses=losses,

@@ -8,6 +8,7 @@ Trains as `entrypoint.py train` does. Twelve updates run as they are, two under 
 from __future__ import annotations
 
 import cProfile
+import itertools
 import json
 import os
 import pstats
@@ -100,8 +101,20 @@ def kernels(profile: Any) -> dict[str, Any]:
     rows.sort(key=lambda row: -row["ms"])
     return dict(
         gpu_ms=round(sum(kinds.values()), 1), gpu_ms_by_kind={kind: round(ms, 1) for kind, ms in kinds.items()},
-        launches=sum(row["calls"] for row in rows), kernels=rows[:40],
+        launches=sum(row["calls"] for row in rows), **waits(profile), kernels=rows[:40],
     )  # fmt: skip
+
+
+def waits(profile: Any) -> dict[str, Any]:
+    """Milliseconds of an update in which the GPU does nothing, and the longest such times, with the kernels around them."""
+    work = [event for event in profile.events() if event.self_device_time_total]
+    work.sort(key=lambda event: event.time_range.start)
+    gaps = [
+        dict(ms=round((after.time_range.start - before.time_range.end) / 1e3, 2), after=before.name[:60], before=after.name[:60])
+        for before, after in itertools.pairwise(work)
+    ]  # fmt: skip
+    gaps.sort(key=lambda gap: -gap["ms"])
+    return dict(idle_ms=round(sum(max(0.0, gap["ms"]) for gap in gaps) / EACH, 1), longest_waits=gaps[: 10 * EACH])
 
 
 def functions(profile: cProfile.Profile) -> dict[str, float]:

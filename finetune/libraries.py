@@ -20,6 +20,7 @@ ALWAYS = {
     "WANDB_SILENT": "true",
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizing processes are forked
+    "TORCHINDUCTOR_COMPILE_THREADS": "4",  # a layer has some 20 kernels; a process for each core takes 3 s to end, on 16 cores
 }
 # What changes the numbers that come out: recorded in run.json, and for `reproduce` set to what stands there. The number of
 # threads changes them too, but is known as torch counts it (`cpu_threads`), whoever set it.

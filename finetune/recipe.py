@@ -22,7 +22,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     clock.mark("inputs_s")
     choice = engines.choose(settings, visible[0] if visible else None, source.config())
     console.phase("loading", choice.describe())
-    engine = choice.open()
+    engine = choice.open(settings)
     console.quiet()
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)

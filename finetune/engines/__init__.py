@@ -1,7 +1,7 @@
 """Two ways to load a model and train it, behind the same functions: `engines.unsloth` and `engines.transformers`.
 
 Each has
-  prepare()                         -> None       what must happen before other libraries are imported
+  prepare(settings)                 -> None       what must happen before other libraries are imported
   load(settings, source)            -> PeftModel  base in 4 bits where asked, adapter attached, ready to train
   answering(model)                  -> context    the model set up for generation, and back for training afterwards
   path(model, choice, ...)          -> context    the model set up for training; yields the compiled path, or None
@@ -36,7 +36,7 @@ class Engine(Protocol):
     PARTIAL: bool
     KEEPS_INPUTS: bool
 
-    def prepare(self) -> None: ...
+    def prepare(self, settings: Settings) -> None: ...
     def load(self, settings: Settings, source: Source) -> PeftModel: ...
     def answering(self, model: PeftModel) -> AbstractContextManager[None]: ...
     def path(
@@ -67,10 +67,10 @@ class Choice:
         """What of it decides the trained weights."""
         return dict(engine=self.name, compiled=self.compiled, deterministic=self.deterministic)
 
-    def open(self) -> Engine:
+    def open(self, settings: Settings) -> Engine:
         """Import the engine, and what must be imported before everything else."""
         engine: Engine = importlib.import_module(f"finetune.engines.{self.name}")
-        engine.prepare()
+        engine.prepare(settings)
         return engine
 
 

@@ -21,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.data import IGNORED
+from finetune.engines import adapted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,11 +47,10 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
             f"attention scaled by {odd}; torch 2.10's kernel has the usual head_dim ** -0.5 alone"
         )
     before = model.config._attn_implementation
-    adapted = [module for module in decoder.modules() if hasattr(module, "lora_A")]
+    linear = [module for module in decoder.modules() if hasattr(module, "lora_A")]
     model.config._attn_implementation = "varlen"
-    for module in adapted:
-        module.forward = types.MethodType(lora_linear, module)
-        module.base_layer.compute_type_is_set = True  # else set in the first call, and each layer is compiled twice
+    for module in linear:
+        module.forward = types.MethodType(adapted.forward, module)
     rotary = decoder.rotary_emb.register_forward_hook(lambda module, inputs, output: tuple(map(_any_length, output)))
     if device != "cpu":
         for layer in decoder.layers:
@@ -61,7 +61,7 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
     finally:
         model.config._attn_implementation = before
         rotary.remove()
-        for module in adapted:
+        for module in linear:
             del module.forward
         for layer in decoder.layers:
             layer._compiled_call_impl = None
@@ -79,15 +79,6 @@ def varlen(
     q, k, v = (states.transpose(1, 2)[0].contiguous() for states in (query, key, value))
     out: Any = varlen_attn(q, k, v, ends, ends, longest, longest, **CAUSAL)
     return out[None], None
-
-
-def lora_linear(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Forward of a PEFT linear layer, without its conversions: W x + scaling * B A x, the adapter rounded to x's type."""
-    (name,) = self.active_adapters
-    down = self.lora_A[name].weight.to(x.dtype)
-    up = (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
-    base: torch.Tensor = self.base_layer(x)
-    return base + (self.lora_dropout[name](x) @ down.t()) @ up.t()
 
 
 def _any_length(states: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ PARTIAL = False
 KEEPS_INPUTS = False  # its checkpointing moves them to the host's memory
 
 
-def prepare() -> None:
+def prepare(settings: Settings) -> None:
     """Import unsloth before trl and transformers, which it patches (unsloth #2797)."""
     try:
         import unsloth  # noqa: F401

@@ -1,0 +1,85 @@
+"""The operator of a frozen weight and its adapter: peft's mathematics, one rounding, and what torch asks of an operator."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+
+from finetune.engines import adapted
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+KINDS = {"plain": None, "nf4": False, "nf4, double": True}
+
+
+def layer(kind: str, device: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> Any:
+    """A PEFT linear layer (256 -> 192, rank 8) over a frozen one of this kind, with an adapter that does something."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    nested = KINDS[kind]
+    base: Any = torch.nn.Linear(256, 192, bias=bias).to(dtype)
+    if nested is not None:
+        plain, options = base, dict(quant_type="nf4", compress_statistics=nested)
+        base = bitsandbytes.nn.Linear4bit(256, 192, bias=bias, compute_dtype=dtype, **options)
+        base.load_state_dict(plain.state_dict())
+        base.weight = bitsandbytes.nn.Params4bit(plain.weight.data, requires_grad=False, **options)
+        base = base.to(dtype) if bias else base
+    model = get_peft_model(torch.nn.Sequential(base).to(device), LoraConfig(r=8, lora_alpha=16, target_modules=["0"]))
+    found: Any = model.get_base_model()[0]
+    torch.nn.init.normal_(found.lora_B["default"].weight, std=0.1)
+    return found.float() if dtype is torch.float32 else found
+
+
+def computed(module: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output, and the gradients of input and adapter."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    out = module(x)
+    (out * torch.arange(192, device=x.device)).sum().backward()
+    return [out.detach(), x.grad, module.lora_A["default"].weight.grad, module.lora_B["default"].weight.grad]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_output_and_gradients_are_peft_s(kind: str, device: str, compiled: bool) -> None:
+    module, x = layer(kind, device), torch.randn(2, 7, 256, device=device)
+    expected = computed(module, x)
+    module.forward = types.MethodType(adapted.forward, module)
+    found = computed(torch.compile(module) if compiled else module, x)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_young_adapter_is_not_rounded_away(device: str) -> None:
+    module, x = layer("plain", device, torch.bfloat16, bias=False), torch.randn(64, 256, device=device)
+    module.lora_B["default"].weight.data.mul_(1e-3)
+    with torch.no_grad():
+        exact = module.float()(x)
+        down, up = (module.lora_A["default"].weight, module.lora_B["default"].weight)
+        share = 2 * (x @ down.t()) @ up.t()
+        module = module.bfloat16()
+        low = x.bfloat16()
+        rounded, base = module(low).float(), module.base_layer(low).float()
+        found = adapted.forward(module, low).float()
+    seen = [float(((out - base) * share).sum() / (share * share).sum()) for out in (found, rounded)]
+    assert 0.7 < seen[0] < 1.3 and abs(seen[1] - 1) > abs(seen[0] - 1)
+    assert float((found - exact).norm() / exact.norm()) < 0.01
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_an_operator_as_torch_wants_it(kind: str, device: str) -> None:
+    module = layer(kind, device)
+    x, inner, up = (
+        torch.randn(*shape, device=device, requires_grad=True) for shape in ((3, 7, 256), (3, 7, 8), (192, 8))
+    )
+    parts = adapted._parts(module.base_layer.weight)
+    torch.library.opcheck(torch.ops.finetune.adapted_linear.default, (x, inner, up, *parts))
+    if kind != "plain":
+        torch.library.opcheck(torch.ops.finetune.widened.default, (torch.bfloat16, *parts))
