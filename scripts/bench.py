@@ -88,7 +88,7 @@ def run(name: str, steps: int, timeout: float, out: Path, work: Path) -> dict[st
         return found
     found |= baseline(out / f"{folder.name}.log") if isinstance(case, list) else ours(folder)
     if (folder / "merged").is_dir():
-        found["copy_gb_per_s"] = copied(folder / "merged")
+        found["copy_gb_per_s"] = copied(folder / "merged", folder)
     print(json.dumps({k: v for k, v in found.items() if k not in ("losses", "steps_s", "command")}), flush=True)
     return found
 
@@ -129,11 +129,11 @@ def ours(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def copied(folder: Path) -> float:
-    """GB a second of a plain copy of the merged weights on the same disk, written through to it."""
+def copied(folder: Path, to: Path) -> float:
+    """GB a second of a plain copy of a folder's weights, written through to the disk of `to`."""
     began, size = time.time(), 0
     for file in sorted(folder.glob("*.safetensors")):
-        target = folder.parent / "copied.partial"
+        target = to / "copied.partial"
         shutil.copyfile(file, target)
         with open(target, "rb") as stream:
             os.fsync(stream.fileno())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from finetune import export, files
-from finetune.errors import SettingsError
+from finetune.errors import PreflightError, SettingsError
 from finetune.hub import Source
 
 CASES: dict[str, dict[str, Any]] = {
@@ -77,18 +79,41 @@ def test_kinds_of_adapter(tmp_path: Path, options: dict[str, Any]) -> None:
         )
 
 
-def test_the_same_bytes_each_time_and_for_any_number_of_threads(tmp_path: Path) -> None:
+def test_the_same_bytes_for_any_number_of_threads_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.model(tmp_path / "base", shards=True)
     adapted(folder, tmp_path)
-    export.merge(Source("base", None, folder), tmp_path)
-    first = files.digests(tmp_path / "merged")
+    found = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    export.merge(Source("base", None, folder), tmp_path)
+    for count in (1, 2, 5):
+        monkeypatch.setattr(export, "WORKERS", count)
+        torch.set_num_threads(count)
+        export.merge(Source("base", None, folder), tmp_path)
+        found.append(files.digests(tmp_path / "merged"))
     torch.set_num_threads(threads)
-    assert files.digests(tmp_path / "merged") == first
+    assert found[0] == found[1] == found[2]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base" and str(tmp_path) not in json.dumps(config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("block", [1, 300, 2**20])
+def test_blocks_are_parts_of_the_float64_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, block: int
+) -> None:
+    folder = tiny.model(tmp_path / "base", kind)
+    adapted(folder, tmp_path)
+    monkeypatch.setattr(export, "BLOCK", block)
+    done = export.merge(Source("base", None, folder), tmp_path)
+    adapter, merged = export.Adapter(tmp_path / "adapter"), tensors(tmp_path / "merged")
+    targets = adapter.locate(export.Base(folder))
+    assert done.changed == len(targets) > 0
+    for name, weight in tensors(folder).items():
+        wanted = weight
+        if name in targets:
+            # adds the ranks one by one, from the last: another order than BLAS has for any block
+            ranks = zip(targets[name][0].T.flip(0), targets[name][1].flip(0), strict=True)
+            wanted = (weight.double() + adapter.scale * sum(torch.outer(b, a) for b, a in ranks)).to(torch.bfloat16)
+        assert torch.equal(merged[name], wanted), name
 
 
 def test_a_float32_base_becomes_bfloat16(tmp_path: Path) -> None:
@@ -142,21 +167,46 @@ def test_not_finite_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.partial").exists()
 
 
-def test_a_disk_that_lies_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("model.norm.weight", "model.norm.weight has no adapter, but is not the base's"),
+        ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight is not base"),
+        ("", "holds other tensors than the base's"),
+    ],
+)
+def test_a_disk_that_lies_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str) -> None:
+    """A bit changes between writing and reading back: in a tensor's last value, or in the header."""
     folder = tiny.model(tmp_path / "base")
     adapted(folder, tmp_path)
-    write = export._write_safetensors
+    sync = os.fdatasync
 
-    def flips_a_bit(path: Path, *rest: Any) -> None:
-        write(path, *rest)
+    def flips_a_bit(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
         content = bytearray(path.read_bytes())
-        content[-5] ^= 1
+        start = 8 + int.from_bytes(content[:8], "little")
+        end = start + json.loads(content[8:start])[name]["data_offsets"][1] if name else content.index(b"norm") + 4
+        content[end - 2] ^= 1
         path.write_bytes(content)
+        sync(descriptor)
 
-    monkeypatch.setattr(export, "_write_safetensors", flips_a_bit)
-    with pytest.raises(export.MergeError, match=r"has no adapter, but is not the base's|is not base"):
+    monkeypatch.setattr(os, "fdatasync", flips_a_bit)
+    with pytest.raises(export.MergeError, match=problem):
         export.merge(Source("base", None, folder), tmp_path)
-    assert not (tmp_path / "merged").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.model(tmp_path / "base")
+    adapted(folder, tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(PreflightError, match="the disk is full, the merge needs"):
+        export.merge(Source("base", None, folder), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_bases_that_cannot_be_merged_into(tmp_path: Path) -> None:
