@@ -82,6 +82,7 @@ class OurTrainer(SFTTrainer):
         self.collate = self.data_collator
         self.pads = packed is None and not getattr(self.data_collator, "padding_free", False)
         self.data_collator = _as_they_are
+        self.model.train()  # every module: a fresh PeftModel says that it trains, and its base, just loaded, does not
         self.remove_callback(PrinterCallback)
         self.add_callback(StopAtStep(self))
 
@@ -126,8 +127,6 @@ class OurTrainer(SFTTrainer):
 
     def loss_of(self, model: Any, rows: Sequence[Row], count: Any) -> Any:
         """The share of some rows in the loss of an update, with its graph; also before `train` has begun."""
-        if not model.training:
-            model.train()  # walks through all modules, so not in each piece
         if self.packed is not None:
             return self.packed.loss(model, self.packed.pack(rows), count)
         with self.compute_loss_context_manager(), self.accelerator.autocast():  # the model is not wrapped in it yet

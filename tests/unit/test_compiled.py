@@ -14,23 +14,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 KINDS = ["llama", "qwen2", "qwen3"]
 
 
-def attention_on_cpu(q: Any, k: Any, v: Any, ends: Any, *_: Any, window_size: tuple[int, int]) -> Any:
-    """What torch.nn.attention.varlen computes, for a CPU, where it has no kernel: each row by itself."""
-    assert window_size == (-1, 0)
-    parts = []
-    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        a, b, c = (states[start:end].transpose(0, 1)[None] for states in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
-
-
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
         from finetune.engines import compiled
 
-        monkeypatch.setattr(compiled, "varlen_attn", attention_on_cpu)
+        monkeypatch.setattr(compiled, "varlen_attn", tiny.varlen_attention)
     return str(request.param)
 
 

@@ -1,0 +1,76 @@
+"""The packed path under the real trainer, on a CPU: the same course as without it, recomputing and dropout as set."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from finetune import data, engines, hub, train
+from finetune.engines import compiled
+from finetune.engines import transformers as engine
+from finetune.settings import Settings
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Runs take the packed path; the list gets an entry for each call of the attention."""
+    calls: list[int] = []
+
+    def attention(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return tiny.varlen_attention(*args, **options)
+
+    @contextlib.contextmanager
+    def path(model: Any, choice: engines.Choice, places: int, longest: int) -> Iterator[Any]:
+        if not choice.compiled:
+            yield None
+            return
+        with compiled.applied(model, places, longest, "cpu") as packed:
+            yield packed
+
+    monkeypatch.setattr(compiled, "varlen_attn", attention)
+    monkeypatch.setattr(engine, "path", path)
+    return calls
+
+
+def losses(llama: Path, output: Path, packed: bool = True, **values: str) -> list[float]:
+    """Of three updates of four rows, two in each piece."""
+    settings = Settings.from_env(
+        {
+            "MODEL_NAME": str(llama), "DATASET_NAME": "samples", "DATASET_CONFIG": "en", "MAX_STEPS": "3", "WARMUP_STEPS": "0",
+            "PER_DEVICE_TRAIN_BATCH_SIZE": "2", "GRADIENT_ACCUMULATION_STEPS": "2", "MAX_SEQ_LENGTH": "192", "LEARNING_RATE": "1e-2",
+            "LOAD_IN_4BIT": "0", "OPTIM": "adamw_torch", "SAVE_STEPS": "0", "GRADIENT_CHECKPOINTING": "false", **values,
+        }
+    )  # fmt: skip
+    source = hub.Source(str(llama), None, llama)
+    tokenizer = data.tokenizer(source)
+    tokens = data.tokenize(data.load(settings), tokenizer, settings)
+    model = engine.load(
+        settings, source
+    )  # in evaluation mode but for the adapter's own wrapper, as transformers loads it
+    choice = engines.Choice("transformers", "a test", compiled=packed, deterministic=True)
+    return [row["loss"] for row in train.fit(model, tokens, tokenizer, settings, choice, engine, output).metrics]
+
+
+def test_the_course_is_that_of_the_unpacked_path(llama: Path, tmp_path: Path, attended: list[int]) -> None:
+    expected = losses(llama, tmp_path / "padded", packed=False)
+    assert not attended
+    assert losses(llama, tmp_path / "packed") == pytest.approx(expected, rel=1e-4)
+
+
+def test_layers_are_recomputed_where_that_is_set(llama: Path, tmp_path: Path, attended: list[int]) -> None:
+    kept = losses(llama, tmp_path / "kept")
+    once = len(attended)
+    assert losses(llama, tmp_path / "recomputed", GRADIENT_CHECKPOINTING="true") == kept
+    assert len(attended) - once == 2 * once
+
+
+def test_dropout_is_active_in_every_update(llama: Path, tmp_path: Path, attended: list[int]) -> None:
+    without, dropped = losses(llama, tmp_path / "0"), losses(llama, tmp_path / "0.5", LORA_DROPOUT="0.5")
+    assert dropped[0] == without[0]  # B is zero in the first update
+    assert dropped[1] != without[1] and dropped[2] != without[2]
