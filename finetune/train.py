@@ -110,8 +110,8 @@ def fit(
         trainer.plan = plan.Plan.of(followed) if followed else _plan(trainer, model, settings, tokens, engine, limit)
         plan_s = time.perf_counter() - planning
         recompute(trainer.plan.recomputed)
-        if packed and trainer.plan.embedding_on_host:
-            packed.embedding_to_host(model)
+        if packed:
+            packed.place_embedding(model, trainer.plan.embedding_on_host)
         print(f"plan: {trainer.plan.describe()}", flush=True)
         trainer.progress = console.Progress(updates(settings, tokens), settings.logging_steps, len(trainer.metrics))
         if torch.cuda.is_available():
@@ -182,19 +182,28 @@ def _plan(
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = model.config.get_text_config().hidden_size * 2 * engine.KEEPS_INPUTS
-    try:
-        with torch.random.fork_rng():
-            cost = probe.measure(
-                model, layers, width, trained * OPTIMIZER_BYTES.get(settings.optim, 4), (most // 2, most), run,
-                partial=engine.PARTIAL,
-            )  # fmt: skip
-    except torch.OutOfMemoryError:
-        cost = None
-    trainer.forget(model)
+
+    def measured() -> plan.Cost | None:
+        try:
+            with torch.random.fork_rng():
+                return probe.measure(
+                    model, layers, width, trained * OPTIMIZER_BYTES.get(settings.optim, 4), (most // 2, most), run,
+                    partial=engine.PARTIAL,
+                )  # fmt: skip
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            trainer.forget(model)
+
+    cost, movable, away = measured(), trainer.packed.movable(model) if trainer.packed else 0, 0
+    if cost is None and trainer.packed and movable:
+        trainer.packed.place_embedding(model, on_host=True)
+        cost, away = measured(), movable
     if cost is None:
-        return dataclasses.replace(as_set, reason="as set: there was no memory to measure what a token costs")
-    if trainer.packed:
-        cost = dataclasses.replace(cost, movable=trainer.packed.movable(model))
+        return dataclasses.replace(
+            as_set, embedding_on_host=bool(away), reason="as set: there was no memory to measure what a token costs"
+        )
+    cost = dataclasses.replace(cost, fixed=cost.fixed + away, movable=movable)
     sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
     return plan.choose(
         settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, plan.usable(limit),

@@ -126,16 +126,15 @@ class Packed:
 
     @staticmethod
     def movable(model: PeftModel) -> int:
-        """Bytes on the GPU that `embedding_to_host` frees: none where the last layer uses the same weights."""
+        """Bytes on the GPU that `place_embedding` frees: none where the last layer uses the same weights."""
         base: Any = model.get_base_model()
         weight: torch.Tensor = base.model.embed_tokens.weight
         return 0 if weight is base.lm_head.weight else weight.nbytes
 
-    @staticmethod
-    def embedding_to_host(model: PeftModel) -> None:
-        """Keep the input embedding in the host's memory until `applied` ends; only a micro-batch's rows come over."""
+    def place_embedding(self, model: PeftModel, on_host: bool) -> None:
+        """Keep the input embedding in the host's memory until `applied` ends; only a micro-batch's rows come over. Or not."""
         base: Any = model.get_base_model()
-        base.model.embed_tokens.to("cpu")
+        base.model.embed_tokens.to("cpu" if on_host else self.device)
 
 
 class CrossEntropy(torch.autograd.Function):

@@ -70,8 +70,7 @@ def packed_run(
     count, total = torch.tensor(labels_of(some), device=device), 0.0
     model.zero_grad()
     with compiled.applied(model, len(some), 200, device) as packed:
-        if on_host:
-            packed.embedding_to_host(model)
+        packed.place_embedding(model, on_host)
         for piece in plan.pieces(some, size):
             loss = packed.loss(model, packed.pack(piece), count)
             loss.backward()
@@ -174,6 +173,11 @@ def test_an_embedding_on_the_host_changes_nothing(folder: Path, device: str) -> 
     there, moved = (packed_run(model, rows(), 4, device, on_host) for on_host in (False, True))
     assert moved[0] == there[0] and distance(moved[1], there[1]) == 0
     assert model.get_input_embeddings().weight.device.type == device
+    if device == "cuda":
+        with compiled.applied(model, 8, 200, device) as packed:
+            before = torch.cuda.memory_allocated()
+            packed.place_embedding(model, on_host=True)
+            assert before - torch.cuda.memory_allocated() >= compiled.Packed.movable(model)
 
 
 def test_dropout_reaches_the_adapter_alone(folder: Path, device: str) -> None:

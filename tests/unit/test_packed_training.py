@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from finetune import data, engines, hub, train
@@ -74,3 +75,55 @@ def test_dropout_is_active_in_every_update(llama: Path, tmp_path: Path, attended
     without, dropped = losses(llama, tmp_path / "0"), losses(llama, tmp_path / "0.5", LORA_DROPOUT="0.5")
     assert dropped[0] == without[0]  # B is zero in the first update
     assert dropped[1] != without[1] and dropped[2] != without[2]
+
+
+def test_nothing_moves_the_model_while_it_is_trained(
+    llama: Path, tmp_path: Path, attended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate would move it to the GPU as a whole, and with it the embedding that waits on the host."""
+    from peft import PeftModel
+
+    from finetune import trainer
+
+    moved: list[Any] = []
+    begin = trainer.OurTrainer.begin
+
+    def watched(self: Any, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        monkeypatch.setattr(PeftModel, "to", lambda self, *where, **options: moved.append(where) or self)
+
+    monkeypatch.setattr(trainer.OurTrainer, "begin", watched)
+    losses(llama, tmp_path)
+    assert not moved
+
+
+def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
+    llama: Path,
+    tmp_path: Path,
+    attended: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from finetune import plan, probe
+
+    places: list[bool] = []
+    place = compiled.Packed.place_embedding
+
+    def placed(self: Any, model: Any, on_host: bool) -> None:
+        places.append(on_host)
+        place(self, model, on_host)
+
+    def measure(*args: Any, **options: Any) -> plan.Cost:
+        if not places:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plan.Cost(
+            layers=2, fixed=plan.GIB, outside=0, kept=1, kept_recomputed=1, work=0, work_token=0, loss=0, loss_token=0
+        )
+
+    monkeypatch.setattr(compiled.Packed, "place_embedding", placed)
+    monkeypatch.setattr(probe, "measure", measure)
+    for limit, on_host in ((8.0, False), (1.1, True)):
+        places.clear()
+        monkeypatch.setattr(train, "_memory", lambda settings, limit=limit: limit * plan.GIB)
+        losses(llama, tmp_path / str(limit))
+        assert places == [True, on_host] and ("on the host" in capsys.readouterr().out) == on_host
