@@ -35,3 +35,7 @@ class HubError(Refusal):
     """The Hub, or the way to it, refused. Nothing on disk is lost."""
 
     code = 4
+
+
+class MergeError(Refusal):
+    """The written weights are not base + adapter. A bug, or a disk that lies: nothing is kept under the final name."""

@@ -22,18 +22,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import files
-from finetune.errors import PreflightError, Refusal, SettingsError
+from finetune.errors import MergeError, PreflightError, SettingsError
 from finetune.hub import INDEX, TOKENIZER_FILES, Source, weight_files
 from finetune.preflight import safetensors_header
+from finetune.weights import CODES, Adapter, Base, Shard
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from torch import Tensor
 
-
-class MergeError(Refusal):
-    """The written weights are not base + adapter. A bug, or a disk that lies: nothing is kept under the final name."""
+# Blocks between two waits for the disk: 0.5 GB, so that it has work from the start and little is left to check at the end.
+GROUP = 256
+WORKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,120 +98,6 @@ def merge(source: Source, output: Path, device: str = "cpu") -> Merged:
         raise
     files.publish(partial, output / "merged")
     return Merged(*sums.counts(), round(size / 1e9, 3), round(time.perf_counter() - began, 2))
-
-
-# Weights that are added at once, the same on every device: BLAS may add in another order where a matrix has another shape.
-# Another order changes the last bit of most float64 sums, and 3e-14 of them then round to another bfloat16. Malloc keeps
-# the 8 MB of float64 for the next block; 32 MB it would take from the system each time, and a sum takes 5 times as long.
-BLOCK = 2**20
-# Blocks between two waits for the disk: 0.5 GB, so that it has work from the start and little is left to check at the end.
-GROUP = 256
-WORKERS = min(4, os.cpu_count() or 1)
-CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
-
-
-class Shard:
-    """One file of weights, read block by block; read, not mapped, so that memory stays that of a block."""
-
-    def __init__(self, path: Path):
-        import torch
-
-        self.path = path
-        if path.suffix == ".safetensors":
-            self.header = safetensors_header(path)
-            with open(path, "rb") as stream:
-                self.data = 8 + int.from_bytes(stream.read(8), "little")
-            self.names = sorted(self.header, key=lambda name: self.header[name]["data_offsets"][0])
-            self.shapes = {name: tuple(self.header[name]["shape"]) for name in self.names}
-            if unknown := {entry["dtype"] for entry in self.header.values()} - set(CODES):
-                raise SettingsError(
-                    f"{path}: holds {', '.join(sorted(unknown))}, and the merge needs a 16-bit base; name the 16-bit "
-                    "original in MODEL_NAME, or set SAVE_MERGED=0"
-                )
-            self.dtypes = {name: getattr(torch, CODES[self.header[name]["dtype"]]) for name in self.names}
-        else:
-            self.loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            self.names = sorted(name for name, value in self.loaded.items() if isinstance(value, torch.Tensor))
-            self.shapes = {name: tuple(self.loaded[name].shape) for name in self.names}
-            self.dtypes = {name: self.loaded[name].dtype for name in self.names}
-
-    def starts(self, name: str) -> range:
-        """The rows at which the tensor's blocks begin. A row is all of the last dimension."""
-        *above, width = self.shapes[name] or (1,)
-        return range(0, math.prod(above) if width else 0, max(1, BLOCK // max(1, width)))
-
-    def read(self, name: str, row: int) -> Tensor:
-        """The block that begins at that row, as a matrix."""
-        import torch
-
-        starts, width = self.starts(name), (self.shapes[name] or (1,))[-1]
-        count = min(starts.step, starts.stop - row)
-        if self.path.suffix != ".safetensors":
-            return torch.atleast_2d(self.loaded[name]).flatten(0, -2)[row : row + count].contiguous()
-        block = torch.empty(count, width, dtype=self.dtypes[name])
-        with open(self.path, "rb", buffering=0) as stream:
-            if os.preadv(stream.fileno(), [block.view(torch.uint8).numpy()], self.offset(name, row)) != block.nbytes:
-                raise SettingsError(f"{self.path}: ends within {name}; download or copy the model again")
-        return block
-
-    def offset(self, name: str, row: int) -> int:
-        """Where in the safetensors file the row's bytes begin."""
-        start, end = self.header[name]["data_offsets"]
-        return self.data + start + row * (end - start) // self.starts(name).stop
-
-
-class Base:
-    """The 16-bit base on disk. Raises SettingsError where it is quantised, or has no weights that can be read."""
-
-    def __init__(self, folder: Path):
-        config = json.loads((folder / "config.json").read_text())
-        if "quantization_config" in config:
-            raise SettingsError(
-                f"MODEL_NAME={folder}: is a quantised model ({config['quantization_config'].get('quant_method')}), to which a "
-                "16-bit merge cannot add; name its 16-bit original, or set SAVE_MERGED=0"
-            )
-        self.shards = [Shard(folder / name) for name in weight_files(folder)]
-        self.folder = folder
-        self.shapes = {name: shape for shard in self.shards for name, shape in shard.shapes.items()}
-        self.size = sum(shard.path.stat().st_size for shard in self.shards)
-
-
-class Adapter:
-    """An adapter folder as PEFT wrote it. pairs: module name -> (A, B), float64; biases: module name -> tensor."""
-
-    def __init__(self, folder: Path):
-        import torch
-        from safetensors.torch import load_file
-
-        config = json.loads((folder / "adapter_config.json").read_text())
-        rank, alpha = config["r"], config["lora_alpha"]
-        self.scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        self.biases: dict[str, Tensor] = {}
-        tensors = load_file(folder / "adapter_model.safetensors")
-        for key, value in tensors.items():
-            name = key.removeprefix("base_model.model.")
-            if name.endswith(".lora_A.weight"):
-                other = tensors[key.replace(".lora_A.", ".lora_B.")]
-                self.pairs[name.removesuffix(".lora_A.weight")] = (value.to(torch.float64), other.to(torch.float64))
-            elif name.endswith(".bias"):
-                self.biases[name.removesuffix(".bias").removesuffix(".base_layer")] = value
-            elif not name.endswith(".lora_B.weight"):
-                raise MergeError(f"{folder}: holds {key}, which the merge does not know")
-
-    def locate(self, base: Base) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
-        """For tensors of the base, two factors whose product is added, or the bias that takes its place.
-
-        Raises SettingsError where the base has none for a part of the adapter.
-        """
-        conv = _transposed_modules(base.folder)
-        found: dict[str, tuple[Tensor, Tensor] | Tensor] = {}
-        for module, (a, b) in self.pairs.items():
-            left, right = (a.T, b.T) if module in conv else (b, a)
-            found[_tensor_of(module, "weight", base, (left.shape[0], right.shape[1]))] = left, right
-        for module, bias in self.biases.items():
-            found[_tensor_of(module, "bias", base, tuple(bias.shape))] = bias
-        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,41 +165,6 @@ class Sums:
 def _finite(tensor: Tensor) -> bool:
     """No value is infinite or not a number; the smallest and the largest are not a number where one is not."""
     return not tensor.is_floating_point() or all(map(math.isfinite, tensor.aminmax()))
-
-
-def _transposed_modules(folder: Path) -> set[str]:
-    """Names of the modules that store their weight as (in, out)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-
-
-def _tensor_of(module: str, part: str, base: Base, shape: tuple[int, ...]) -> str:
-    """The base's tensor for a module: its own name, or the longest end of it that names just one tensor."""
-    parts = module.split(".")
-    for start in range(len(parts)):
-        end = ".".join(parts[start:]) + f".{part}"
-        found = [name for name in base.shapes if name == end or name.endswith(f".{end}")]
-        if len(found) == 1 and base.shapes[found[0]] == shape:
-            return found[0]
-    raise SettingsError(
-        f"{base.folder.name}: the weights of {module} are stored in another form than the model uses, so that the merge cannot "
-        "find them; leave it out of TARGET_MODULES, or set SAVE_MERGED=0"
-    )
-
-
-def check_mergeable(model: PeftModel, source: Source) -> None:
-    """Before training: every adapted module has its tensor in the base. Raises SettingsError where one has not."""
-    base = Base(source.folder)
-    conv = _transposed_modules(source.folder)
-    for key, module in model.get_base_model().named_modules():
-        if hasattr(module, "lora_A"):
-            shape = (module.out_features, module.in_features)
-            _tensor_of(key, "weight", base, shape[::-1] if key in conv else shape)
 
 
 def _merged_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import answer, console, data, engines, export, folder, hub, inputs, preflight, report, train
+from finetune import answer, console, data, engines, export, folder, hub, inputs, preflight, report, train, weights
 from finetune.settings import Settings
 
 
@@ -35,7 +35,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
 
     model = engine.load(settings, source)
     if settings.save_merged:
-        export.check_mergeable(model, source)
+        weights.check_mergeable(model, source)
     clock.mark("load_s")
     ask = answer.sample(engine, model, tokenizer, rows.messages, settings)
     before = ask("before")

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from finetune import export, files
-from finetune.errors import PreflightError, SettingsError
+from finetune import export, files, weights
+from finetune.errors import MergeError, PreflightError, SettingsError
 from finetune.hub import Source
 
 CASES: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def adapted(folder: Path, output: Path, seed: int = 1, **options: Any) -> PeftMo
         for name, p in model.named_parameters():
             if "lora_B" in name or (p.requires_grad and name.endswith("bias")):
                 p.normal_(std=0.05)
-    export.check_mergeable(model, Source("base", None, folder))
+    weights.check_mergeable(model, Source("base", None, folder))
     export.save_adapter(model, Source("base", None, folder), output)
     return model.eval()
 
@@ -102,10 +102,10 @@ def test_blocks_are_parts_of_the_float64_sum(
 ) -> None:
     folder = tiny.model(tmp_path / "base", kind)
     adapted(folder, tmp_path)
-    monkeypatch.setattr(export, "BLOCK", block)
+    monkeypatch.setattr(weights, "BLOCK", block)
     done = export.merge(Source("base", None, folder), tmp_path)
-    adapter, merged = export.Adapter(tmp_path / "adapter"), tensors(tmp_path / "merged")
-    targets = adapter.locate(export.Base(folder))
+    adapter, merged = weights.Adapter(tmp_path / "adapter"), tensors(tmp_path / "merged")
+    targets = adapter.locate(weights.Base(folder))
     assert done.changed == len(targets) > 0
     for name, weight in tensors(folder).items():
         wanted = weight
@@ -136,9 +136,9 @@ def test_a_pytorch_bin_base(tmp_path: Path) -> None:
 def test_learning_too_small_for_16_bits_is_counted(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "base")
     adapted(folder, tmp_path)
-    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    values = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     save_file(
-        {n: v * 0 if "lora_B" in n else v for n, v in weights.items()},
+        {n: v * 0 if "lora_B" in n else v for n, v in values.items()},
         tmp_path / "adapter" / "adapter_model.safetensors",
     )
     assert export.merge(Source("base", None, folder), tmp_path).rounded_away == 14
@@ -159,10 +159,10 @@ def test_not_finite_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "base")
     adapted(folder, tmp_path)
     path = tmp_path / "adapter" / "adapter_model.safetensors"
-    weights = load_file(path)
-    next(v for n, v in weights.items() if "lora_B" in n)[0, 0] = float("nan")
-    save_file(weights, path)
-    with pytest.raises(export.MergeError, match="not finite"):
+    values = load_file(path)
+    next(v for n, v in values.items() if "lora_B" in n)[0, 0] = float("nan")
+    save_file(values, path)
+    with pytest.raises(MergeError, match="not finite"):
         export.merge(Source("base", None, folder), tmp_path)
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.partial").exists()
 
@@ -191,7 +191,7 @@ def test_a_disk_that_lies_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sync(descriptor)
 
     monkeypatch.setattr(os, "fdatasync", flips_a_bit)
-    with pytest.raises(export.MergeError, match=problem):
+    with pytest.raises(MergeError, match=problem):
         export.merge(Source("base", None, folder), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
