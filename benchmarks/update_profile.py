@@ -80,11 +80,17 @@ def main(words: list[str]) -> None:
     found = dict(
         command=f"python3 benchmarks/update_profile.py OUT.json {' '.join(words)}".strip(),
         machine=bench.machine(), plan=record["training"]["plan"], engine=record["engine"],
-        update_ms=round(1e3 * statistics.median(row["step_s"] for row in rows[8:PLAIN]), 1), **kernels(profiler.gpu),
+        update_ms=round(1e3 * statistics.median(row["step_s"] for row in rows[8:PLAIN]), 1),
+        tokens=dict(timed=mean(rows[8:PLAIN]), profiled=mean(rows[PLAIN : PLAIN + EACH])), **kernels(profiler.gpu),
         cpu_ms=functions(profiler.cpu),
     )  # fmt: skip
     files.write_json(out, found)
     print(json.dumps({k: v for k, v in found.items() if k not in ("machine", "plan", "engine")}, indent=1))
+
+
+def mean(rows: list[dict[str, float]]) -> int:
+    """Tokens of an update."""
+    return round(statistics.mean(row["tokens"] for row in rows))
 
 
 def kernels(profile: Any) -> dict[str, Any]:
