@@ -84,11 +84,13 @@ def speed(size: int) -> float:
     """FLOP a second of a bfloat16 (or float16) product of two square matrices on this GPU."""
     dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     a = torch.randn(size, size, device="cuda").to(dtype)
-    for _ in range(3):
-        a @ a
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    torch.cuda.synchronize()
-    return float(10 * 2 * size**3 / (time.perf_counter() - began))
+    count, seconds = 3, 0.0
+    while seconds < 0.05:  # a GPU that was idle takes its time to come to its clock
+        count *= 4
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(count):
+            a @ a
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    return float(count * 2 * size**3 / seconds)

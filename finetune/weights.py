@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,8 +61,9 @@ class Shard:
         if self.path.suffix != ".safetensors":
             return torch.atleast_2d(self.loaded[name]).flatten(0, -2)[row : row + count].contiguous()
         block = torch.empty(count, width, dtype=self.dtypes[name])
-        with open(self.path, "rb", buffering=0) as stream:
-            if os.preadv(stream.fileno(), [block.view(torch.uint8).numpy()], self.offset(name, row)) != block.nbytes:
+        with open(self.path, "rb") as stream:  # buffered: a read that comes in parts, as over a network, is made whole
+            stream.seek(self.offset(name, row))
+            if stream.readinto(block.view(torch.uint8).numpy()) != block.nbytes:
                 raise SettingsError(f"{self.path}: ends within {name}; download or copy the model again")
         return block
 

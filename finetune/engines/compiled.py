@@ -51,6 +51,9 @@ def applied(model: PeftModel, places: int, longest: int, device: str = "cuda") -
     model.config._attn_implementation = "varlen"
     for module in linear:
         module.forward = types.MethodType(adapted.forward, module)
+    for module in decoder.modules():
+        if hasattr(module, "compute_type_is_set"):  # of a 4-bit layer without adapter
+            module.compute_type_is_set = True  # else set in the first call, and each layer is compiled twice
     rotary = decoder.rotary_emb.register_forward_hook(lambda module, inputs, output: tuple(map(_any_length, output)))
     if device != "cpu":
         for layer in decoder.layers:

@@ -50,7 +50,8 @@ def test_output_and_gradients_are_peft_s(kind: str, device: str, compiled: bool)
     module, x = layer(kind, device), torch.randn(2, 7, 256, device=device)
     expected = computed(module, x)
     module.forward = types.MethodType(adapted.forward, module)
-    found = computed(torch.compile(module) if compiled else module, x)
+    backend = "inductor" if device == "cuda" else "aot_eager"  # the same graphs, without a C++ compiler
+    found = computed(torch.compile(module, backend=backend) if compiled else module, x)
     for mine, theirs in zip(found, expected, strict=True):
         assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
 
