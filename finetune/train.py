@@ -195,15 +195,17 @@ def _plan(
         finally:
             trainer.forget(model)
 
-    cost, movable, away = measured(), trainer.packed.movable(model) if trainer.packed else 0, 0
-    if cost is None and trainer.packed and movable:
-        trainer.packed.place_embedding(model, on_host=True)
-        cost, away = measured(), movable
+    movable = trainer.packed.movable(model) if trainer.packed else 0
+    cost = measured()
+    on_host = cost is None and movable > 0
+    if trainer.packed and on_host:
+        trainer.packed.place_embedding(model, on_host)
+        cost = measured()
     if cost is None:
         return dataclasses.replace(
-            as_set, embedding_on_host=bool(away), reason="as set: there was no memory to measure what a token costs"
+            as_set, embedding_on_host=on_host, reason="as set: there was no memory to measure what a token costs"
         )
-    cost = dataclasses.replace(cost, fixed=cost.fixed + away, movable=movable)
+    cost = dataclasses.replace(cost, fixed=cost.fixed + on_host * movable, movable=movable)
     sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
     return plan.choose(
         settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, plan.usable(limit),

@@ -1,7 +1,7 @@
 """`verify`: is OUTPUT_DIR what the run left there, and are its merged weights base + adapter? No GPU, no network.
 
-Every file against its sha256 in run.json, then block by block, in little memory. Where the
-base is not on this machine, what can be told without it is checked, and what cannot is said.
+Every file against its sha256 in run.json, then block by block, in little memory. Where the base is not on this machine, what
+can be told without it is checked, and what cannot is said.
 """
 
 from __future__ import annotations

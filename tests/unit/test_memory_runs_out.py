@@ -8,27 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import data, engines, hub, train
-from finetune.engines import transformers as engine
 from finetune.errors import Refusal
-from finetune.settings import Settings
-
-
-def fit(llama: Path, output: Path, **values: Any) -> tuple[train.Fit, dict[str, torch.Tensor]]:
-    """Three updates of four rows, and the adapter they end with."""
-    settings = Settings.from_env(
-        {
-            "MODEL_NAME": str(llama), "DATASET_NAME": "samples", "DATASET_CONFIG": "en", "MAX_STEPS": "3", "WARMUP_STEPS": "0",
-            "PER_DEVICE_TRAIN_BATCH_SIZE": "4", "GRADIENT_ACCUMULATION_STEPS": "1", "MAX_SEQ_LENGTH": "192", "LEARNING_RATE": "1e-2",
-            "LOAD_IN_4BIT": "0", "OPTIM": "adamw_torch", "SAVE_STEPS": "0", **values,
-        }
-    )  # fmt: skip
-    source = hub.Source(str(llama), None, llama)
-    tokenizer = data.tokenizer(source)
-    tokens = data.tokenize(data.load(settings), tokenizer, settings)
-    model = engine.load(settings, source)
-    done = train.fit(model, tokens, tokenizer, settings, engines.choose(settings, None, {}), engine, output)
-    return done, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+from short_run import fit
 
 
 def out_of_memory_once(monkeypatch: pytest.MonkeyPatch, larger_than: int, after: int) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import tiny
-from finetune import data, engines, hub, train
+from finetune import engines, train
 from finetune.engines import compiled
 from finetune.engines import transformers as engine
-from finetune.settings import Settings
+from short_run import fit
 
 
 @pytest.fixture
@@ -41,21 +41,9 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def losses(llama: Path, output: Path, packed: bool = True, **values: str) -> list[float]:
     """Of three updates of four rows, two in each piece."""
-    settings = Settings.from_env(
-        {
-            "MODEL_NAME": str(llama), "DATASET_NAME": "samples", "DATASET_CONFIG": "en", "MAX_STEPS": "3", "WARMUP_STEPS": "0",
-            "PER_DEVICE_TRAIN_BATCH_SIZE": "2", "GRADIENT_ACCUMULATION_STEPS": "2", "MAX_SEQ_LENGTH": "192", "LEARNING_RATE": "1e-2",
-            "LOAD_IN_4BIT": "0", "OPTIM": "adamw_torch", "SAVE_STEPS": "0", "GRADIENT_CHECKPOINTING": "false", **values,
-        }
-    )  # fmt: skip
-    source = hub.Source(str(llama), None, llama)
-    tokenizer = data.tokenizer(source)
-    tokens = data.tokenize(data.load(settings), tokenizer, settings)
-    model = engine.load(
-        settings, source
-    )  # in evaluation mode but for the adapter's own wrapper, as transformers loads it
     choice = engines.Choice("transformers", "a test", compiled=packed, deterministic=True)
-    return [row["loss"] for row in train.fit(model, tokens, tokenizer, settings, choice, engine, output).metrics]
+    pieces = dict(PER_DEVICE_TRAIN_BATCH_SIZE="2", GRADIENT_ACCUMULATION_STEPS="2", GRADIENT_CHECKPOINTING="false")
+    return [row["loss"] for row in fit(llama, output, choice, **pieces | values)[0].metrics]
 
 
 def test_the_course_is_that_of_the_unpacked_path(llama: Path, tmp_path: Path, attended: list[int]) -> None:
