@@ -32,8 +32,8 @@ ROWS, RATES = 4, [0, 4e-5, 8e-5, 12e-5, 16e-5, *[2e-4] * 7]  # the recipe's warm
 Row = dict[str, list[int]]
 
 
-def attention(q: Any, k: Any, v: Any, ends: Any, *_: Any, **__: Any) -> Any:
-    """What torch.nn.attention.varlen computes, which has no kernel for a CPU; in float32."""
+def attention(q: Any, k: Any, v: Any, ends: Any, key_ends: Any, *_: Any, **__: Any) -> Any:
+    """What torch.nn.attention.varlen computes, which has no kernel for a CPU; in float32. Keys lie as the queries do."""
     place = torch.arange(len(q))
     row = torch.searchsorted(ends, place.to(ends.dtype), right=True)
     seen = (row[:, None] == row[None]) & (place[:, None] >= place[None])

@@ -379,12 +379,14 @@ def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
 class Tokens:
     """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORED where there is no loss.
 
+    common: how many tokens, with their labels, all rows begin with: a template's beginning, a system prompt.
     sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once.
     """
 
     dataset: Dataset
     truncated: int
     longest: int
+    common: int
     total: int
     sha256: str
 
@@ -394,6 +396,7 @@ class Tokens:
             trained=len(self.dataset),
             truncated=self.truncated,
             longest=self.longest,
+            common=self.common,
             tokens=self.total,
             tokens_sha256=self.sha256,
         )
@@ -401,7 +404,8 @@ class Tokens:
     def describe(self) -> str:
         """One line for the console."""
         return (
-            f"{len(self.dataset)} rows, {self.total:,} tokens, the longest {self.longest}, {self.truncated} truncated"
+            f"{len(self.dataset)} rows, {self.total:,} tokens, the longest {self.longest}, all beginning with the same "
+            f"{self.common}, {self.truncated} truncated"
         )
 
 
@@ -434,11 +438,25 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
             "long; raise MAX_SEQ_LENGTH, for example MAX_SEQ_LENGTH=4096"
         )
     truncated = sum(mapped["truncated"])
-    lengths, digest = [], hashlib.sha256()
+    lengths, digest, common = [], hashlib.sha256(), None
     for ids, labels in zip(mapped["input_ids"], mapped["labels"], strict=True):
+        common = _same((ids, labels), common or (ids, labels))
         lengths.append(len(ids))
         digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
-    return Tokens(mapped.remove_columns(["truncated"]), truncated, max(lengths), sum(lengths), digest.hexdigest())
+    assert common is not None
+    return Tokens(
+        mapped.remove_columns(["truncated"]), truncated, max(lengths), len(common[0]), sum(lengths), digest.hexdigest()
+    )
+
+
+def _same(row: tuple[list[int], list[int]], common: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
+    """As much of `common`, ids and labels, as the row begins with."""
+    size = len(common[0])
+    if (row[0][:size], row[1][:size]) == common:
+        return common
+    pairs = zip(zip(*row, strict=True), zip(*common, strict=True), strict=False)
+    size = next((index for index, (one, other) in enumerate(pairs) if one != other), len(row[0]))
+    return common[0][:size], common[1][:size]
 
 
 def _template_text(

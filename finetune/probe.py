@@ -57,7 +57,7 @@ def measure(
         layers=layers, fixed=before + optimizer_bytes, outside=max(0.0, outside), kept=max(0.0, kept), kept_recomputed=width,
         work=large.backward - work * sizes[1], work_token=work, loss=large.forward - loss * sizes[1], loss_token=loss,
         partial=partial, launch_s=min(small.seconds, large.seconds) / (1 + (layers - free) / layers / 2),
-        token_s=4 * _weights(model) / (EFFICIENCY * speed(4096)),
+        token_s=4 * multiplied(model) / (EFFICIENCY * speed(4096)),
     )  # fmt: skip
 
 
@@ -74,10 +74,10 @@ def _pass(run: Callable[[int, int], torch.Tensor], tokens: int, recomputed: int)
     return Pass(alive, max(0, forward - alive), max(0, backward - alive), time.perf_counter() - began)
 
 
-def _weights(model: Any) -> int:
-    """Weights that each token is multiplied with, twice forward and twice backward: 2 FLOP each."""
-    linear = [m.weight for m in model.modules() if type(m).__name__ in ("Linear", "Linear4bit", "Conv1D")]
-    return sum(math.prod(getattr(w, "quant_state", w).shape) for w in linear)
+def multiplied(model: Any) -> int:
+    """Weights that each token is multiplied with, forward and backward: 4 FLOP each. PEFT's layers show their base's again."""
+    linear = {id(m.weight): m.weight for m in model.modules() if type(m).__name__ in ("Linear", "Linear4bit", "Conv1D")}
+    return sum(math.prod((getattr(w, "quant_state", None) or w).shape) for w in linear.values())
 
 
 def speed(size: int) -> float:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from finetune.inputs import Record
     from finetune.trainer import OurTrainer
 
+ROOM_TO_WIDEN = (
+    4  # times what 16-bit copies of the weights take; with less there is no room for whole updates beside them
+)
 PLANNED_UPDATES = 2000  # whose lengths are looked at; a longer run has its way out when memory runs out after all
 OPTIMIZER_BYTES = {
     "adamw_8bit": 2,
@@ -97,7 +100,7 @@ def fit(
         _signals(trainer),
         _deterministic(choice.deterministic),
         _optimizer_does_not_wait(settings),
-        engine.path(model, choice, settings.rows_per_update, tokens.longest) as packed,
+        engine.path(model, choice, settings.rows_per_update, tokens.longest, tokens.common) as packed,
     ):
         recompute = functools.partial(engine.recompute, model, trainer.args)
         planned = "gradient_checkpointing" not in settings.given
@@ -112,6 +115,7 @@ def fit(
         recompute(trainer.plan.recomputed)
         if packed:
             packed.place_embedding(model, trainer.plan.embedding_on_host)
+            trainer.plan = dataclasses.replace(trainer.plan, widened=packed.widen(model, trainer.plan.widened))
         print(f"plan: {trainer.plan.describe()}", flush=True)
         trainer.progress = console.Progress(updates(settings, tokens), settings.logging_steps, len(trainer.metrics))
         if torch.cuda.is_available():
@@ -172,12 +176,16 @@ def _plan(
     some = trainer.train_dataset.select(range(min(64, len(tokens.dataset))))["input_ids"]
     stream = [token for ids in some for token in ids]
     most = min(1024, tokens.longest * settings.rows_per_update, len(stream))
+    packed, usable = trainer.packed, plan.usable(limit)
+    shared = packed.shared if packed else 0
 
     def run(count: int, recomputed: int) -> Any:
         trainer.recompute(recomputed)
-        parts = plan.pieces(stream[:count], -(-count // -(-count // tokens.longest)))
+        begin = min(shared, count - 1)  # of each row, computed once
+        rows = -(-(count - begin) // (tokens.longest - begin))
+        parts = [[*stream[:begin], *part] for part in plan.pieces(stream[begin:count], -(-(count - begin) // rows))]
         return trainer.loss_of(
-            model, [dict(input_ids=list(part), labels=list(part)) for part in parts], torch.tensor(count, device="cuda")
+            model, [dict(input_ids=part, labels=part) for part in parts], torch.tensor(count, device="cuda")
         )
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -195,23 +203,32 @@ def _plan(
         finally:
             trainer.forget(model)
 
-    movable = trainer.packed.movable(model) if trainer.packed else 0
+    def chosen(cost: plan.Cost) -> plan.Plan:
+        sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+        return plan.choose(
+            settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, usable,
+            padded=trainer.pads, shared=shared, micro_batch=settings.per_device_train_batch_size if sized else None,
+            recomputed=recomputed if "gradient_checkpointing" in settings.given else None,
+        )  # fmt: skip
+
+    if packed and 0 < ROOM_TO_WIDEN * packed.wide_bytes(model) < limit - torch.cuda.memory_allocated():
+        packed.widen(model, True)
+        if cost := measured():
+            found = chosen(cost)
+            if found.accumulation == 1 and found.recomputed == 0 and cost.peak(found.tokens, 0) <= usable:
+                return dataclasses.replace(found, widened=True)
+        packed.widen(model, False)
+    movable = packed.movable(model) if packed else 0
     cost = measured()
     on_host = cost is None and movable > 0
-    if trainer.packed and on_host:
-        trainer.packed.place_embedding(model, on_host)
+    if packed and on_host:
+        packed.place_embedding(model, on_host)
         cost = measured()
     if cost is None:
         return dataclasses.replace(
             as_set, embedding_on_host=on_host, reason="as set: there was no memory to measure what a token costs"
         )
-    cost = dataclasses.replace(cost, fixed=cost.fixed + on_host * movable, movable=movable)
-    sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    return plan.choose(
-        settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, plan.usable(limit),
-        padded=trainer.pads, micro_batch=settings.per_device_train_batch_size if sized else None,
-        recomputed=recomputed if "gradient_checkpointing" in settings.given else None,
-    )  # fmt: skip
+    return chosen(dataclasses.replace(cost, fixed=cost.fixed + on_host * movable, movable=movable))
 
 
 @contextlib.contextmanager

@@ -152,6 +152,10 @@ class OurTrainer(SFTTrainer):
         """The plan with half the micro-batch. Raises Refusal where a single row does not fit."""
         before = dataclasses.replace(self.plan, tokens=0, forecast_gib=None, forecast_step_s=None)  # of other pieces
         again = f"out of GPU memory: update {self.state.global_step + 1} is repeated"
+        if self.packed and before.widened:
+            print(f"{again} with the weights in 4 bits alone", flush=True)
+            self.packed.widen(self.model, False)
+            return dataclasses.replace(before, widened=False, reason="weights not widened: out of GPU memory")
         if before.micro_batch == 1 and before.recomputed < before.layers and self.may_recompute:
             print(f"{again} with the activations of all layers recomputed", flush=True)
             self.recompute(before.layers)

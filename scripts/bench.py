@@ -28,6 +28,7 @@ SKIPPED = 8  # updates that compile and warm up
 CASES: dict[str, dict[str, str] | list[str]] = {
     "tutorial": ["unsloth"],
     "trl": ["transformers"],
+    "tutorial, whole run": ["unsloth", "--steps", "60", "--merge", "{folder}"],
     "whole run": {"MAX_STEPS": "60", "SAVE_MERGED": "1", "SAVE_STEPS": "20"},
     "auto": {},
     "auto, 12 GiB": {"MAX_MEMORY": "12"},
@@ -67,7 +68,8 @@ def run(name: str, steps: int, timeout: float, out: Path, work: Path) -> dict[st
     case = CASES[name]
     folder = out / name.replace(", ", "-").replace(" ", "-")
     if isinstance(case, list):
-        command = [sys.executable, str(ROOT / "benchmarks" / "tutorial.py"), *case, "--steps", str(steps)]
+        command = [sys.executable, str(ROOT / "benchmarks" / "tutorial.py"), "--steps", str(steps)]
+        command += [word.format(folder=folder) for word in case]
         environ = dict(os.environ, WORK=str(work))
     else:
         settings = workload(work, folder, steps) | case
@@ -109,7 +111,8 @@ def baseline(log: Path) -> dict[str, Any]:
     return dict(
         plan=f"{result['micro_batch']} x {result['accumulation']}", step_s=result["median_step_s"],
         tokens_per_s=result["tokens_per_s"], peak_gib=result["peak_gib"], import_s=result["import_s"],
-        load_s=result["load_s"], first_step_s=result["first_step_s"], started_s=result["started_s"], losses=result["losses"],
+        load_s=result["load_s"], first_step_s=result["first_step_s"], started_s=result["started_s"], merge_s=result["merge_s"],
+        losses=result["losses"],
     )  # fmt: skip
 
 
@@ -160,7 +163,7 @@ def table(results: list[dict[str, Any]], parameters: int, flop_per_s: float) -> 
 
     The floor is the arithmetic alone: 4 FLOP a token and weight, forward and through the activations backward.
     """
-    measure = next((r for r in results if r["case"] == "tutorial" and "step_s" in r), None)
+    measure = next((r for r in results if r["case"].startswith("tutorial") and "step_s" in r), None)
     lines = [
         "| run | plan | s/update | tokens/s | times the tutorial | share of the floor | peak GiB (forecast) | import s | load s | from process start to the end of the first update, s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -63,14 +63,22 @@ def model(folder: Path, kind: str = "llama", shards: bool = False, **changes: An
     return folder
 
 
-def varlen_attention(q: Any, k: Any, v: Any, ends: Any, *_: Any, window_size: tuple[int, int]) -> Any:
-    """What torch.nn.attention.varlen computes, for a CPU, where it has no kernel: each row by itself."""
+def varlen_attention(q: Any, k: Any, v: Any, ends: Any, key_ends: Any, *_: Any, window_size: tuple[int, int]) -> Any:
+    """What torch.nn.attention.varlen computes, for a CPU, where it has no kernel: each row by itself, to its last key."""
+    import itertools
+
     import torch
 
     assert window_size == (-1, 0)
     parts = []
-    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        a, b, c = (states[start:end].transpose(0, 1)[None] for states in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
+    for (start, end), (key_start, key_end) in zip(
+        itertools.pairwise(ends.tolist()), itertools.pairwise(key_ends.tolist()), strict=True
+    ):
+        a, b, c = (
+            states[slice(*where)].transpose(0, 1)[None]
+            for states, where in ((q, (start, end)), (k, (key_start, key_end)), (v, (key_start, key_end)))
+        )
+        seen = torch.ones(end - start, key_end - key_start, dtype=torch.bool).tril(key_end - key_start - (end - start))
+        out = torch.nn.functional.scaled_dot_product_attention(a, b, c, attn_mask=seen, enable_gqa=True)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)

@@ -40,7 +40,7 @@ class Engine(Protocol):
     def load(self, settings: Settings, source: Source) -> PeftModel: ...
     def answering(self, model: PeftModel) -> AbstractContextManager[None]: ...
     def path(
-        self, model: PeftModel, choice: Choice, places: int, longest: int
+        self, model: PeftModel, choice: Choice, places: int, longest: int, common: int
     ) -> AbstractContextManager[Packed | None]: ...
     def layers(self, model: PeftModel) -> int: ...
     def recompute(self, model: PeftModel, arguments: Any, count: int) -> None: ...
@@ -167,6 +167,11 @@ def settle_4bit(settings: Settings, model: torch.nn.Module) -> None:
             f"LOAD_IN_4BIT=1: {settings.model_name} was not loaded in NF4 (found {', '.join(kinds) or 'no 4-bit layer'}); "
             "use another model, or LOAD_IN_4BIT=0 for 16-bit weights"
         )
+
+
+def drops(model: torch.nn.Module) -> bool:
+    """Whether training draws anything: LORA_DROPOUT, or the base's own."""
+    return any(type(module).__name__ == "Dropout" and module.p > 0 for module in model.modules())
 
 
 def begin_adapter(model: PeftModel, seed: int) -> PeftModel:

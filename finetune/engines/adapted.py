@@ -7,14 +7,11 @@ it is also seen by torch's compiler, whose cache bitsandbytes' autograd.Function
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes  # noqa: F401  (its operators)
 import torch
 from torch import Tensor
-
-from finetune.files import sha256
 
 NESTED_BLOCK = 256  # absmax values that share a scale, with double quantisation
 
@@ -33,6 +30,16 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     out: Tensor = torch.ops.finetune.adapted_linear(x, inner, up, *_parts(self.base_layer.weight))
     bias = self.base_layer.bias
     return out if bias is None else out + bias
+
+
+def widen(layer: Any, on: bool) -> None:
+    """Keep a PEFT layer's frozen 4-bit weight in bfloat16 too, as it is multiplied, or no longer. The results are the same."""
+    base = layer.base_layer
+    if on and getattr(base.weight, "quant_state", None) is not None:
+        wide = _widened(torch.bfloat16, *_parts(base.weight))
+        base.__dict__["narrow"], base.weight = base.weight, torch.nn.Parameter(wide, requires_grad=False)
+    elif not on and "narrow" in base.__dict__:
+        base.weight = base.__dict__.pop("narrow")
 
 
 def _parts(weight: Any) -> tuple[Any, ...]:
@@ -87,5 +94,4 @@ torch.library.register_fake("finetune::widened", lambda dtype, weight, shape, *_
 torch.library.register_fake(
     "finetune::adapted_linear", lambda x, inner, up, weight, shape, *rest: x.new_empty(*x.shape[:-1], shape[0])
 )
-torch.compiler.config.cache_key_tag = sha256(Path(__file__))  # graphs kept from earlier runs have `_gradient` in them
 torch.library.register_autograd("finetune::adapted_linear", _gradient, setup_context=_keep)

@@ -88,14 +88,14 @@ def answering(model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def path(model: PeftModel, choice: engines.Choice, places: int, longest: int) -> Iterator[Packed | None]:
+def path(model: PeftModel, choice: engines.Choice, places: int, longest: int, common: int) -> Iterator[Packed | None]:
     """The compiled path where it was chosen; else nothing changes."""
     if not choice.compiled:
         yield None
         return
     from finetune.engines import compiled
 
-    with compiled.applied(model, places, longest) as packed:
+    with compiled.applied(model, places, longest, common=common) as packed:
         yield packed
 
 
@@ -110,8 +110,7 @@ def recompute(model: PeftModel, arguments: Any, count: int) -> None:
     base = model.get_base_model()
     base.gradient_checkpointing_disable()
     if count:
-        dropout = any(type(module).__name__ == "Dropout" and module.p > 0 for module in model.modules())
-        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": dropout})
+        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": engines.drops(model)})
         for index, layer in enumerate(_layers(model)):
             layer.gradient_checkpointing = index < count
 

@@ -83,7 +83,9 @@ def answering(model: PeftModel) -> Iterator[None]:
         FastLanguageModel.for_training(model)
 
 
-def path(model: PeftModel, choice: engines.Choice, places: int, longest: int) -> AbstractContextManager[None]:
+def path(
+    model: PeftModel, choice: engines.Choice, places: int, longest: int, common: int
+) -> AbstractContextManager[None]:
     """unsloth has patched the model already."""
     return contextlib.nullcontext()
 

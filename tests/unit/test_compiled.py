@@ -12,6 +12,7 @@ import tiny
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 KINDS = ["llama", "qwen2", "qwen3"]
+COMMON = 40  # tokens that all rows begin with
 
 
 @pytest.fixture(params=DEVICES)
@@ -29,12 +30,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny.model(tmp_path_factory.mktemp(request.param), request.param, **extra)
 
 
-def adapted(folder: Path, device: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
-    """The model with an adapter that does something: LoRA begins with B = 0."""
+def adapted(folder: Path, device: str, dtype: torch.dtype, dropout: float = 0.0, **options: Any) -> Any:
+    """The model with an adapter that does something: LoRA begins with B = 0. options: of from_pretrained."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **options)
     base.requires_grad_(False)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets))
@@ -46,12 +47,15 @@ def adapted(folder: Path, device: str, dtype: torch.dtype, dropout: float = 0.0)
 
 
 def rows(count: int = 8, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Rows of different lengths, some of whose labels are left out of the loss."""
+    """Rows of different lengths with a common beginning, some of whose labels are left out of the loss."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    beginning, made = torch.randint(3, 900, (COMMON,), generator=generator).tolist(), []
     for index in range(count):
-        ids = torch.randint(3, 900, (17 + 13 * index,), generator=generator).tolist()
-        labels = [-100 if place % 5 == index % 5 else token for place, token in enumerate(ids)]
+        ids = [*beginning, *torch.randint(3, 900, (1 + 13 * index,), generator=generator).tolist()]
+        skipped = [0 if place < COMMON else index % 5 for place in range(len(ids))]
+        labels = [
+            -100 if place % 5 == skip else token for place, (token, skip) in enumerate(zip(ids, skipped, strict=True))
+        ]
         made.append(dict(input_ids=ids, labels=labels))
     return made
 
@@ -61,7 +65,13 @@ def labels_of(some: list[dict[str, list[int]]]) -> int:
 
 
 def packed_run(
-    model: Any, some: list[dict[str, list[int]]], size: int, device: str, on_host: bool = False
+    model: Any,
+    some: list[dict[str, list[int]]],
+    size: int,
+    device: str,
+    on_host: bool = False,
+    common: int = COMMON,
+    widened: bool = False,
 ) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of one update in pieces of `size` rows."""
     from finetune import plan
@@ -69,8 +79,9 @@ def packed_run(
 
     count, total = torch.tensor(labels_of(some), device=device), 0.0
     model.zero_grad()
-    with compiled.applied(model, len(some), 200, device) as packed:
+    with compiled.applied(model, len(some), 200, device, common) as packed:
         packed.place_embedding(model, on_host)
+        assert packed.widen(model, widened) == widened
         for piece in plan.pieces(some, size):
             loss = packed.loss(model, packed.pack(piece), count)
             loss.backward()
@@ -99,13 +110,14 @@ def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
 
 
-def test_loss_and_gradients_are_those_of_a_float32_reference(folder: Path, device: str) -> None:
+@pytest.mark.parametrize("common", [0, COMMON])
+def test_loss_and_gradients_are_those_of_a_float32_reference(folder: Path, device: str, common: int) -> None:
     expected, exact = reference(folder, rows())
     if device == "cpu":
-        loss, gradients = packed_run(adapted(folder, device, torch.float32), rows(), 8, device)
+        loss, gradients = packed_run(adapted(folder, device, torch.float32), rows(), 8, device, common=common)
         assert loss == pytest.approx(expected, rel=1e-5)
         assert distance(gradients, exact) < 1e-4
-    loss, gradients = packed_run(adapted(folder, device, torch.bfloat16), rows(), 8, device)
+    loss, gradients = packed_run(adapted(folder, device, torch.bfloat16), rows(), 8, device, common=common)
     _, rounded = reference(folder, rows(), torch.bfloat16)
     assert loss == pytest.approx(expected, rel=1e-3)
     assert distance(gradients, exact) < 1.5 * distance(rounded, exact)  # no farther than bfloat16 itself takes it
@@ -127,7 +139,7 @@ def test_a_row_changes_no_other_row_s_loss(folder: Path, device: str) -> None:
     model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
     some = rows()
     other = [dict(row) for row in some]
-    other[3] = dict(input_ids=[5] * len(some[3]["input_ids"]), labels=[5] * len(some[3]["labels"]))
+    other[3] = {name: [*column[:COMMON], *[5] * len(column[COMMON:])] for name, column in some[3].items()}
     one = torch.tensor(1, device=device)
 
     def alone(all_rows: list[dict[str, list[int]]], kept: int) -> float:
@@ -135,9 +147,41 @@ def test_a_row_changes_no_other_row_s_loss(folder: Path, device: str) -> None:
         with torch.no_grad():
             return float(packed.loss(model, packed.pack(masked), one))
 
-    with compiled.applied(model, len(some), 200, device) as packed:
+    with compiled.applied(model, len(some), 200, device, COMMON) as packed:
         before, after = ([alone(which, kept) for kept in range(8)] for which in (some, other))
     assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] + [True] * 4
+
+
+def test_a_common_beginning_is_computed_once(folder: Path, device: str) -> None:
+    from finetune.engines import compiled
+
+    model, some = adapted(folder, device, torch.float32), rows()
+    sizes = [len(row["input_ids"]) for row in some]
+    with compiled.applied(model, len(some), 200, device, COMMON) as packed:
+        for count in (8, 3, 1):
+            made = packed.pack(some[:count])
+            assert made["input_ids"].numel() == sum(sizes[:count]) - (count - 1) * (COMMON - 1)
+            assert int(made["weights"].sum()) == labels_of(some[:count])
+            assert made["ends"].shape == made["key_ends"].shape == (10,)
+        with torch.no_grad():
+            hidden = model.get_base_model().model(
+                inputs_embeds=model.get_input_embeddings()(made["input_ids"].to(device)), attention_mask=None,
+                use_cache=False, **{name: made[name] for name in ("position_ids", "ends", "key_ends", "spread", "longest")},
+            ).last_hidden_state  # fmt: skip
+    if device == "cpu":
+        alone = model.get_base_model().model(input_ids=torch.tensor([some[0]["input_ids"]])).last_hidden_state
+        assert torch.allclose(hidden, alone, atol=1e-5)
+
+
+def test_dropout_leaves_each_row_its_own_beginning(folder: Path, device: str) -> None:
+    from finetune.engines import compiled
+
+    for dropout, shared in ((0.0, COMMON - 1), (0.1, 0)):
+        model = adapted(folder, device, torch.float32, dropout=dropout)
+        with compiled.applied(model, 8, 200, device, COMMON) as packed:
+            assert packed.shared == shared
+    with compiled.applied(model, 8, 200, device, compiled.FEWEST_SHARED) as packed:
+        assert packed.shared == 0
 
 
 def test_the_same_bytes_each_time(folder: Path, device: str) -> None:
@@ -178,6 +222,31 @@ def test_an_embedding_on_the_host_changes_nothing(folder: Path, device: str) -> 
             before = torch.cuda.memory_allocated()
             packed.place_embedding(model, on_host=True)
             assert before - torch.cuda.memory_allocated() >= compiled.Packed.movable(model)
+
+
+def test_weights_widened_once_change_nothing(folder: Path, device: str) -> None:
+    from finetune import engines
+    from finetune.engines import compiled
+    from finetune.settings import Settings
+
+    model = adapted(folder, device, torch.bfloat16, quantization_config=engines.nf4(torch.bfloat16))
+    engines.settle_4bit(Settings.from_env({}), model)
+    layers = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
+    weights = [layer.weight for layer in layers]
+    assert compiled.Packed.wide_bytes(model) == 2 * sum(layer.in_features * layer.out_features for layer in layers) > 0
+    assert all(type(layer).__name__ == "Linear4bit" for layer in layers)
+    narrow, wide = (packed_run(model, rows(), 4, device, widened=widened) for widened in (False, True))
+    assert narrow[0] == wide[0] and distance(wide[1], narrow[1]) == 0
+    assert all(layer.weight is weight for layer, weight in zip(layers, weights, strict=True))
+
+
+def test_an_adapted_weight_is_multiplied_once(folder: Path) -> None:
+    from finetune import probe
+
+    model = adapted(folder, "cpu", torch.float32)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
+    tied = model.config.tie_word_embeddings and model.get_input_embeddings().weight.numel()
+    assert probe.multiplied(model) == sum(p.numel() for p in matrices) + int(tied)
 
 
 def test_dropout_reaches_the_adapter_alone(folder: Path, device: str) -> None:

@@ -167,6 +167,17 @@ def test_overlong_rows_are_cut_counted_and_still_end(tmp_path: Path, words: Any)
         tokens(loaded(rows_file(tmp_path, [ROW])), words, MAX_SEQ_LENGTH=20, TRAIN_ON="response")
 
 
+def test_the_common_beginning_is_that_of_all_rows_and_their_labels(tmp_path: Path, words: Any) -> None:
+    rows = loaded(rows_file(tmp_path, [ROW, {**ROW, "Question": "Why?"}, {**ROW, "Response": "No."}]))
+    for trained in ("all", "response"):
+        made = tokens(rows, words, TRAIN_ON=trained)
+        pairs = [list(zip(row["input_ids"], row["labels"], strict=True)) for row in made.dataset]
+        assert 0 < made.common < min(map(len, pairs))
+        assert len({tuple(row[: made.common]) for row in pairs}) == 1
+        assert len({tuple(row[: made.common + 1]) for row in pairs}) > 1
+    assert tokens(loaded(rows_file(tmp_path, [ROW])), words).common == len(made.dataset[0]["input_ids"])
+
+
 def test_the_order_of_rows_does_not_depend_on_processes(tmp_path: Path, words: Any) -> None:
     rows = loaded(rows_file(tmp_path, [{**ROW, "Question": f"number {i}"} for i in range(data.FEW_ROWS + 1)]))
     made = [tokens(rows, words, DATASET_NUM_PROC=n).dataset["input_ids"] for n in (1, 2, 4)]

@@ -84,6 +84,16 @@ def test_padding_counts() -> None:
     assert (packed.tokens, padded.tokens) == (8000, 8 * 1700)
 
 
+def test_what_all_rows_begin_with_is_computed_once_a_piece() -> None:
+    saved = round((1 - plan.COPIED) * 500)
+    for size, expected in ((8, 8000 - 7 * saved), (4, 4100 - 3 * saved), (1, 1700)):
+        assert plan.choose(8, UPDATES, COST, 1e15, shared=500, micro_batch=size).tokens == expected
+    whole, once = (plan.choose(8, UPDATES, COST, 24 * plan.GIB, shared=shared) for shared in (0, 500))
+    assert once.recomputed < whole.recomputed
+    assert once.forecast_step_s is not None and whole.forecast_step_s is not None
+    assert once.forecast_step_s < whole.forecast_step_s
+
+
 def test_the_peak_grows_with_tokens_and_falls_with_recomputed_layers() -> None:
     peaks = [[COST.peak(tokens, count) for count in range(33)] for tokens in (1000, 4000, 9000)]
     assert all(a >= b for row in peaks for a, b in itertools.pairwise(row))

@@ -1,0 +1,42 @@
+"""The common beginning of rows: where tokens and keys lie, and the operator that copies them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finetune.engines import beginning
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def test_each_row_sees_the_beginning_and_itself() -> None:
+    tokens = [*"ab", *"cd", *"e", *"fgh"]  # abcd, abe, abfgh
+    where = beginning.layout([4, 3, 5], shared=2, places=4)
+    assert where["ends"].tolist() == [0, 2, 4, 5, 8, 8]
+    assert where["key_ends"].tolist() == [0, 2, 6, 9, 14, 14]
+    assert "".join(tokens[key] for key in where["keys"]) == "ab" + "abcd" + "abe" + "abfgh"
+    assert where["keys"][where["copies"]].tolist() == [[0, 1]] * 4
+    assert where["keys"][where["rests"]].tolist() == [2, 3, 4, 5, 6, 7]
+
+
+def test_without_a_beginning_keys_are_the_tokens() -> None:
+    where = beginning.layout([2, 3], shared=0, places=2)
+    assert where["keys"].tolist() == where["rests"].tolist() == list(range(5))
+    assert where["ends"].tolist() == where["key_ends"].tolist() == [0, 0, 2, 5]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_spread_is_indexing_with_its_gradient(device: str) -> None:
+    where = {
+        name: torch.from_numpy(array).to(device) for name, array in beginning.layout([9, 7, 12], 5, places=3).items()
+    }
+    index = [where[name] for name in ("keys", "copies", "rests")]
+    found, expected = (torch.randn(18, 2, 4, device=device, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected.data = found.data.clone()
+    weights = torch.randn(len(index[0]), 2, 4, device=device, dtype=torch.float64)
+    (torch.ops.finetune.spread(found, *index) * weights).sum().backward()
+    (expected[index[0]] * weights).sum().backward()
+    assert found.grad is not None and expected.grad is not None
+    assert torch.allclose(found.grad, expected.grad)
+    torch.library.opcheck(torch.ops.finetune.spread.default, (found, *index))
