@@ -73,6 +73,7 @@ class Plan:
 
     embedding_on_host: whether the input embedding waits in the host's memory, and only the rows of a piece come over.
     widened: whether the 4-bit weights are kept in 16 bits too, in which they are multiplied.
+    cost: the `Cost` that the forecasts were worked out from.
     """
 
     micro_batch: int
@@ -86,6 +87,7 @@ class Plan:
     limit_gib: float | None = None
     forecast_gib: float | None = None
     forecast_step_s: float | None = None
+    cost: Mapping[str, float] | None = None
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Plan:
@@ -166,5 +168,5 @@ def choose(
     return Plan(
         micro_batch=size, accumulation=-(-rows_per_update // size), recomputed=layers, layers=cost.layers, reason=reason,
         embedding_on_host=on_host, tokens=tokens(size), limit_gib=round(limit / GIB, 3), forecast_gib=round(peak / GIB, 3),
-        forecast_step_s=round(sum(seconds) / len(seconds), 3),
+        forecast_step_s=round(sum(seconds) / len(seconds), 3), cost=dataclasses.asdict(cost),
     )  # fmt: skip

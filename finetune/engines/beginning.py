@@ -51,6 +51,6 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _library.impl("spread", lambda states, keys, copies, rests: states[keys], "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "finetune::spread", lambda states, keys, copies, rests: states.new_empty(len(keys), *states.shape[1:])
+    "finetune::spread", lambda states, keys, copies, rests: states.new_empty(keys.shape[0], *states.shape[1:])
 )
 torch.library.register_autograd("finetune::spread", _gradient, setup_context=_keep)

@@ -39,4 +39,27 @@ def test_spread_is_indexing_with_its_gradient(device: str) -> None:
     (expected[index[0]] * weights).sum().backward()
     assert found.grad is not None and expected.grad is not None
     assert torch.allclose(found.grad, expected.grad)
+    with torch.no_grad():
+        copies = torch.ops.finetune.spread(found, *index)
+    assert torch.equal(copies, found.detach()[index[0]])
     torch.library.opcheck(torch.ops.finetune.spread.default, (found, *index))
+
+
+def test_it_is_compiled_once_for_all_sizes() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from finetune.engines import compiled
+
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter)  # type: ignore[untyped-decorator]
+    def doubled(states: torch.Tensor, index: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return 2 * torch.ops.finetune.spread(states, *index)
+
+    for sizes in ([9, 7, 12], [20, 8, 30], [50, 60], [11, 9, 40, 41]):
+        where = beginning.layout(sizes, shared=5, places=4)
+        states = torch.randn(int(where["ends"][-1]), 2, 4, requires_grad=True)
+        index = [torch.from_numpy(where[name]) for name in ("keys", "copies", "rests")]
+        marked = tuple(compiled._any_length(tensor, *range(tensor.dim())) for tensor in index)
+        doubled(compiled._any_length(states, 0), marked).sum().backward()
+    assert counter.frame_count == 1

@@ -155,7 +155,7 @@ def test_a_row_changes_no_other_row_s_loss(folder: Path, device: str) -> None:
 def test_a_common_beginning_is_computed_once(folder: Path, device: str) -> None:
     from finetune.engines import compiled
 
-    model, some = adapted(folder, device, torch.float32), rows()
+    model, some = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16), rows()
     sizes = [len(row["input_ids"]) for row in some]
     with compiled.applied(model, len(some), 200, device, COMMON) as packed:
         for count in (8, 3, 1):
@@ -171,6 +171,32 @@ def test_a_common_beginning_is_computed_once(folder: Path, device: str) -> None:
     if device == "cpu":
         alone = model.get_base_model().model(input_ids=torch.tensor([some[0]["input_ids"]])).last_hidden_state
         assert torch.allclose(hidden, alone, atol=1e-5)
+
+
+def test_the_loss_holds_one_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    from finetune.engines import compiled
+
+    slopes: list[Any] = []
+
+    def step(logits: torch.Tensor, *labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert all(slope() is None for slope in slopes)
+        losses, slope = real(logits, *labels)
+        slopes.append(weakref.ref(slope))
+        return losses, slope
+
+    real = compiled._step
+    monkeypatch.setattr(compiled, "_step", step)
+    monkeypatch.setattr(compiled, "LOSS_CHUNK", 8)
+    hidden, weight = torch.randn(30, 4, requires_grad=True), torch.randn(20, 4)
+    labels, counted = torch.randint(0, 20, (30,)), torch.randint(0, 3, (30,))
+    found = compiled.CrossEntropy.apply(hidden, weight, labels, counted)
+    each = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    assert len(slopes) == 4 and float(found.detach()) == pytest.approx(float((each * counted).sum()), rel=1e-5)
+    (gradient,) = torch.autograd.grad(found, hidden)
+    (expected,) = torch.autograd.grad((each * counted).sum(), hidden)
+    assert torch.allclose(gradient, expected, atol=1e-5)
 
 
 def test_dropout_leaves_each_row_its_own_beginning(folder: Path, device: str) -> None:
