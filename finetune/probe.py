@@ -85,6 +85,7 @@ def speed(size: int) -> float:
     dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     a = torch.randn(size, size, device="cuda").to(dtype)
     count, seconds = 3, 0.0
+    a @ a  # the first product of a process sets up the library
     while seconds < 0.05:  # a GPU that was idle takes its time to come to its clock
         count *= 4
         torch.cuda.synchronize()
