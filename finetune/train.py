@@ -1,4 +1,4 @@
-"""Training: the trainer's arguments, the plan for the memory that is there, and what came of it."""
+"""Training: the trainer's arguments, the run in the way it was planned, and what came of it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import checkpoints, console, plan
+from finetune import checkpoints, console, plan, planning
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,18 +23,6 @@ if TYPE_CHECKING:
     from finetune.engines import Choice, Engine
     from finetune.inputs import Record
     from finetune.trainer import OurTrainer
-
-ROOM_TO_WIDEN = (
-    4  # times what 16-bit copies of the weights take; with less there is no room for whole updates beside them
-)
-PLANNED_UPDATES = 2000  # whose lengths are looked at; a longer run has its way out when memory runs out after all
-OPTIMIZER_BYTES = {
-    "adamw_8bit": 2,
-    "adamw_torch": 8,
-    "adamw_torch_fused": 8,
-    "paged_adamw_8bit": 2,
-    "paged_adamw_32bit": 8,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +96,18 @@ def fit(
             print(f"going on from {resume}", flush=True)
             trainer.metrics = json.loads((resume / "metrics.json").read_text())
             followed = json.loads((resume / "plan.json").read_text())
-        limit, planning = _memory(settings), time.perf_counter()
-        trainer.plan = plan.Plan.of(followed) if followed else _plan(trainer, model, settings, tokens, engine, limit)
-        plan_s = time.perf_counter() - planning
+        planner = planning.Planner(trainer, model, settings, tokens, engine, planning.memory(settings))
+        began = time.perf_counter()
+        trainer.plan = plan.Plan.of(followed) if followed else planner.choose()
+        plan_s = time.perf_counter() - began
         recompute(trainer.plan.recomputed)
         if packed:
             packed.place_embedding(model, trainer.plan.embedding_on_host)
             trainer.plan = dataclasses.replace(trainer.plan, widened=packed.widen(model, trainer.plan.widened))
         print(f"plan: {trainer.plan.describe()}", flush=True)
-        trainer.progress = console.Progress(updates(settings, tokens), settings.logging_steps, len(trainer.metrics))
+        trainer.progress = console.Progress(
+            planning.updates(settings, tokens), settings.logging_steps, len(trainer.metrics)
+        )
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         began = trainer.clock = time.perf_counter()
@@ -141,94 +131,6 @@ def fit(
         peak_gib=peak_gib(),
         plan=trainer.plan,
     )
-
-
-def _memory(settings: Settings) -> float | None:
-    """Bytes of GPU memory that training may take, MAX_MEMORY at the most; None: no GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    free, total = torch.cuda.mem_get_info()
-    limit = float(free + torch.cuda.memory_reserved())
-    if settings.max_memory:
-        limit = min(limit, settings.max_memory * plan.GIB)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-    return limit
-
-
-def _plan(
-    trainer: OurTrainer, model: PeftModel, settings: Settings, tokens: Tokens, engine: Engine, limit: float | None
-) -> plan.Plan:
-    """What the user set, and on a GPU the rest as it fits the memory."""
-    layers = engine.layers(model)
-    recomputed = layers if settings.gradient_checkpointing != "false" else 0
-    as_set = plan.Plan(
-        micro_batch=settings.per_device_train_batch_size, accumulation=settings.gradient_accumulation_steps,
-        recomputed=recomputed, layers=layers, reason="as set",
-    )  # fmt: skip
-    if limit is None:
-        return as_set
-    import torch
-
-    from finetune import probe
-
-    some = trainer.train_dataset.select(range(min(64, len(tokens.dataset))))["input_ids"]
-    stream = [token for ids in some for token in ids]
-    most = min(1024, tokens.longest * settings.rows_per_update, len(stream))
-    packed, usable = trainer.packed, plan.usable(limit)
-    shared = packed.shared if packed else 0
-
-    def run(count: int, recomputed: int) -> Any:
-        trainer.recompute(recomputed)
-        begin = min(shared, count - 1)  # of each row, computed once
-        rows = -(-(count - begin) // (tokens.longest - begin))
-        parts = [[*stream[:begin], *part] for part in plan.pieces(stream[begin:count], -(-(count - begin) // rows))]
-        return trainer.loss_of(
-            model, [dict(input_ids=part, labels=part) for part in parts], torch.tensor(count, device="cuda")
-        )
-
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width = model.config.get_text_config().hidden_size * 2 * engine.KEEPS_INPUTS
-
-    def measured() -> plan.Cost | None:
-        try:
-            with torch.random.fork_rng():
-                return probe.measure(
-                    model, layers, width, trained * OPTIMIZER_BYTES.get(settings.optim, 4), (most // 2, most), run,
-                    partial=engine.PARTIAL,
-                )  # fmt: skip
-        except torch.OutOfMemoryError:
-            return None
-        finally:
-            trainer.forget(model)
-
-    def chosen(cost: plan.Cost) -> plan.Plan:
-        sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
-        return plan.choose(
-            settings.rows_per_update, trainer.lengths(min(PLANNED_UPDATES, updates(settings, tokens))), cost, usable,
-            padded=trainer.pads, shared=shared, micro_batch=settings.per_device_train_batch_size if sized else None,
-            recomputed=recomputed if "gradient_checkpointing" in settings.given else None,
-        )  # fmt: skip
-
-    if packed and 0 < ROOM_TO_WIDEN * packed.wide_bytes(model) < limit - torch.cuda.memory_allocated():
-        packed.widen(model, True)
-        if cost := measured():
-            found = chosen(cost)
-            if found.accumulation == 1 and found.recomputed == 0 and cost.peak(found.tokens, 0) <= usable:
-                return dataclasses.replace(found, widened=True)
-        packed.widen(model, False)
-    movable = packed.movable(model) if packed else 0
-    cost = measured()
-    on_host = cost is None and movable > 0
-    if packed and on_host:
-        packed.place_embedding(model, on_host)
-        cost = measured()
-    if cost is None:
-        return dataclasses.replace(
-            as_set, embedding_on_host=on_host, reason="as set: there was no memory to measure what a token costs"
-        )
-    return chosen(dataclasses.replace(cost, fixed=cost.fixed + on_host * movable, movable=movable))
 
 
 @contextlib.contextmanager
@@ -315,14 +217,6 @@ def _signals(trainer: OurTrainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def updates(settings: Settings, tokens: Tokens) -> int:
-    """Updates of the whole run, as transformers counts them."""
-    if settings.max_steps > 0:
-        return settings.max_steps
-    per_epoch = math.ceil(len(tokens.dataset) / settings.rows_per_update)
-    return math.ceil((settings.num_train_epochs or 1) * per_epoch)
-
-
 def describe(settings: Settings, tokens: Tokens) -> str:
     """One line for the console, before training."""
-    return f"training: {updates(settings, tokens)} updates, {settings.rows_per_update} rows each"
+    return f"training: {planning.updates(settings, tokens)} updates, {settings.rows_per_update} rows each"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from finetune import engines, train
+from finetune import engines, planning, train
 from finetune.engines import compiled
 from finetune.engines import transformers as engine
 from short_run import fit
@@ -112,7 +112,7 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
     monkeypatch.setattr(probe, "measure", measure)
     for limit, on_host in ((8.0, False), (1.1, True)):
         places.clear()
-        monkeypatch.setattr(train, "_memory", lambda settings, limit=limit: limit * plan.GIB)
+        monkeypatch.setattr(planning, "memory", lambda settings, limit=limit: limit * plan.GIB)
         losses(llama, tmp_path / str(limit))
         assert places == [True, on_host] and ("on the host" in capsys.readouterr().out) == on_host
 
@@ -144,7 +144,7 @@ def test_weights_are_widened_where_whole_updates_fit_beside_them(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return real(self, *args)
 
-    monkeypatch.setattr(train, "_memory", lambda settings: 8.0 * plan.GIB)
+    monkeypatch.setattr(planning, "memory", lambda settings: 8.0 * plan.GIB)
     monkeypatch.setattr(compiled.Packed, "widen", staticmethod(widen))
     assert course("fits", plan.GIB, 1)[0] == [True, True]
     assert course("must-recompute", plan.GIB, 1e9)[0] == [True, False, False]
