@@ -77,6 +77,8 @@ def load(settings: Settings) -> Rows:
 
     Raises SettingsError that names file and row of the bad ones; with DROP_BAD_ROWS they are left out and counted.
     """
+    if problems := list(missing(settings)):
+        raise SettingsError(*problems)
     name = settings.dataset_name
     if name == "samples":
         folder = Path(__file__).with_name("samples")
@@ -112,6 +114,8 @@ def load(settings: Settings) -> Rows:
         )
     if not good:
         raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
+    if not messages:
+        template(settings)  # refused now, and not when a model has come down from the Hub
     digest = hashlib.sha256(json.dumps(good, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     return Rows(name, commit, good, messages, len(found), len(bad), digest)
 
@@ -159,19 +163,28 @@ def _taken_offline(found: Dataset, asked: str, name: str) -> str | None:
     return taken
 
 
+def missing(settings: Settings) -> Iterator[str]:
+    """What is wrong with the files that DATASET_NAME and PROMPT_TEMPLATE name, in sentences."""
+    name = settings.dataset_name
+    if name != "samples" and not on_hub(name):
+        path = Path(name).expanduser()
+        if path.suffix.lower() not in SUFFIXES:
+            yield (
+                f"DATASET_NAME={name}: not a known kind of file; it takes {', '.join(SUFFIXES)}, for example DATASET_NAME=rows.jsonl"
+            )
+        elif not path.is_file():
+            yield f"DATASET_NAME={name}: there is no such file; give its path, in a container the one it is mounted at"
+    try:
+        _template_file(settings)
+    except SettingsError as error:
+        yield from error.problems
+
+
 def _file(path: Path) -> Iterator[tuple[str, Row]]:
     """The rows of a local file, each with its place."""
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise SettingsError(
-            f"DATASET_NAME={path}: not a known kind of file; it takes {', '.join(SUFFIXES)}, for example DATASET_NAME=rows.jsonl"
-        )
-    if not path.is_file():
-        raise SettingsError(
-            f"DATASET_NAME={path}: there is no such file; give its path, in a container the one it is mounted at"
-        )
+    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()]
     try:
-        yield from {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[suffix](path)
+        yield from reader(path)
     except UnicodeDecodeError as error:
         raise SettingsError(f"DATASET_NAME={path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
@@ -332,23 +345,26 @@ class Template:
 
 def template(settings: Settings) -> Template:
     """The template of PROMPT_TEMPLATE, or the tutorial's. Raises SettingsError where its {} do not fit the columns."""
-    text, columns = TEMPLATE, settings.prompt_columns + settings.completion_columns
-    if settings.prompt_template is not None:
-        shown = f"PROMPT_TEMPLATE={settings.prompt_template}"
-        try:
-            text = Path(settings.prompt_template).expanduser().read_text(encoding="utf-8").removesuffix("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(
-                f"{shown}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
-            ) from None
-    else:
-        shown = "the medical reasoning template"
+    text, columns = _template_file(settings), settings.prompt_columns + settings.completion_columns
+    named = settings.prompt_template is not None
+    shown = f"PROMPT_TEMPLATE={settings.prompt_template}" if named else "the medical reasoning template"
     if text.count("{}") != len(columns):
         raise SettingsError(
             f"{shown}: has {text.count('{}')} places {{}} for {len(columns)} columns ({', '.join(columns)}); give one {{}} for "
             "each of PROMPT_COLUMNS and COMPLETION_COLUMNS, in that order, in the file that PROMPT_TEMPLATE names"
         )
     return Template(text, len(settings.prompt_columns))
+
+
+def _template_file(settings: Settings) -> str:
+    """The text of the file that PROMPT_TEMPLATE names, or the tutorial's."""
+    if settings.prompt_template is None:
+        return TEMPLATE
+    try:
+        return Path(settings.prompt_template).expanduser().read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise SettingsError(f"PROMPT_TEMPLATE={settings.prompt_template}: cannot be read ({why})") from None
 
 
 def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:

@@ -143,16 +143,12 @@ def fetch_model(settings: Settings) -> Source:
     The 16-bit repository is fetched once and serves both: quantised at load for training, read again by the merge.
     A quantised mirror would train on other weights than the merge adds to (unsloth #1089, peft #2321).
     """
+    if problem := missing(settings):
+        raise SettingsError(problem)
     name = settings.model_name
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise SettingsError(f"MODEL_NAME={name}: the folder has no config.json, so it is not a model's folder")
         return Source(name, None, folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise SettingsError(
-            f"MODEL_NAME={name}: there is no such folder; it takes a folder or a Hub name such as owner/name"
-        )
     from huggingface_hub import snapshot_download
 
     asked: dict[str, Any] = dict(repo_id=name, revision=settings.model_revision, token=token(settings))
@@ -165,6 +161,18 @@ def fetch_model(settings: Settings) -> Source:
             f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)"
         )
     return Source(name, found.name, found)
+
+
+def missing(settings: Settings) -> str | None:
+    """What is wrong with a MODEL_NAME that is a path, in a sentence; None: nothing, or it is a name on the Hub."""
+    name = settings.model_name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        there = (folder / "config.json").is_file()
+        return None if there else f"MODEL_NAME={name}: the folder has no config.json, so it is not a model's folder"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return f"MODEL_NAME={name}: there is no such folder; it takes a folder or a Hub name such as owner/name"
+    return None
 
 
 def cached(name: str, commit: str | None) -> Source | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from finetune import data, hub
 from finetune.errors import SettingsError
+from finetune.settings import Settings
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
@@ -13,6 +15,13 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]  # the content of a run.json
 MODEL_FILE = "model file "
+
+
+def missing(settings: Settings) -> Iterator[str]:
+    """What is wrong with the files and folders that settings name, in sentences, before anything is read or downloaded."""
+    if problem := hub.missing(settings):
+        yield problem
+    yield from data.missing(settings)
 
 
 def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import stat
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import PreflightError
+from finetune.errors import PreflightError, SettingsError
 from finetune.settings import Settings
 
 CPU_PARAMETERS = 500_000_000  # ENGINE=auto trains nothing larger without a GPU: 135M already makes 45 tokens/s
@@ -107,23 +107,28 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-def check(settings: Settings, visible: list[Gpu], environ: Mapping[str, str], *, count: int | None = None) -> list[str]:
+def check(
+    settings: Settings, visible: list[Gpu], environ: Mapping[str, str], *, missing: Iterable[str] = (), count: int | None = None
+) -> list[str]:  # fmt: skip
     """Lines that tell what was found. Raises PreflightError with every problem and its remedy.
 
-    count: parameters of the model, where they are known better than from its name.
+    missing: what is wrong with files that settings name, in sentences; with them it is a SettingsError. count: parameters of the
+    model, where they are known better than from its name.
     """
     temporary()
     if closed := list(_closed(settings)):
         raise PreflightError(*closed)  # nothing more can be said of a model that cannot be read
     count = count or parameters(settings.model_name)
+    missing = list(missing)
     problems = [
+        *missing,
         *_gpu(settings, visible, count),
         *_compiler(visible, environ),
         *_output(settings),
         *_disk(settings, environ, count),
     ]
     if problems:
-        raise PreflightError(*problems)
+        raise (SettingsError if missing else PreflightError)(*problems)
     lines = [f"GPU: {g.name}, {g.memory / 1024:.0f} GiB, driver {g.driver}" for g in visible] or ["GPU: none visible"]
     if len(visible) > 1:
         lines.append("GPU: only the first is used; CUDA_VISIBLE_DEVICES chooses another")

@@ -13,7 +13,7 @@ from finetune.settings import Settings
 def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record | None = None) -> None:
     """Train, verify, record, publish if asked; a complete run is only published. recorded: a run.json with the same inputs."""
     clock, output, visible = report.Clock(), Path(settings.output_dir), preflight.gpus(environ)
-    print(*preflight.check(settings, visible, environ), sep="\n", flush=True)
+    print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
     hub.login(settings)
     rows = data.load(settings)
     source = hub.fetch_model(settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import answer, console, hub, pins, preflight, recipe, reproduce, verify
+from finetune import answer, console, hub, inputs, pins, preflight, recipe, reproduce, verify
 from finetune.settings import Settings
 
 
@@ -15,7 +15,8 @@ def call(verb: str, settings: Settings, environ: Mapping[str, str], word: str | 
     if verb == "train":
         recipe.run(settings, environ)
     elif verb == "check":
-        print(*preflight.check(settings, preflight.gpus(environ), environ), "settings: all good", sep="\n")
+        found = preflight.check(settings, preflight.gpus(environ), environ, missing=inputs.missing(settings))
+        print(*found, "settings: all good", sep="\n")
     elif verb == "ask":
         answer.ask(word or "", settings)
     elif verb == "push":

@@ -73,6 +73,25 @@ def test_an_unwritable_output_is_found_first(tmp_path: Path) -> None:
     assert answer.returncode == 3 and "OUTPUT_DIR" in answer.stderr and "cannot be written" in answer.stderr
 
 
+@pytest.mark.parametrize("verb", ["train", "check"])
+def test_all_that_is_not_there_is_named_at_once_and_before_anything_is_loaded(verb: str, tmp_path: Path) -> None:
+    wrong = dict(
+        MODEL_NAME="/absent", DATASET_NAME="/absent.jsonl", PROMPT_TEMPLATE=str(tmp_path / "absent.txt"), OUTPUT_DIR="/proc/out",
+        ENGINE="unsloth",
+    )  # fmt: skip
+    answer = call(verb, *(f"{name}={value}" for name, value in wrong.items()))
+    assert answer.returncode == 2
+    assert all(any(name in line for line in answer.stderr.splitlines()) for name in wrong), answer.stderr
+
+
+def test_a_template_with_too_few_places_is_refused_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "template.txt").write_text("Question: {}")
+    answer = call(
+        "train", "MODEL_NAME=org/absent-100M", "DATASET_NAME=samples", f"PROMPT_TEMPLATE={tmp_path}/template.txt"
+    )
+    assert answer.returncode == 2 and "has 1 places {} for 3 columns" in answer.stderr
+
+
 def test_words_that_are_no_settings() -> None:
     assert call("train", "steps", "3").returncode == 2
     assert "did you mean MAX_STEPS" in call("--max-steps=3").stderr
