@@ -129,17 +129,16 @@ def choose(
     """The plan with the fewest pieces that fit `limit` bytes, and among those with the fewest recomputed layers.
 
     updates: the lengths of the rows of each, in tokens. padded: a piece is filled up to its longest row. shared: tokens that all
-    rows begin with and a piece computes once; for its other rows it copies their keys and values.
+    rows begin with and a piece computes once, copying their keys and values for each row.
     micro_batch, recomputed: what the user set, which is kept as it is. What is movable moves where that saves a piece. Where
     nothing fits, the smallest plan is returned: the forecast has a margin, and an out-of-memory error its own way out.
     """
 
     def sizes_of(size: int, lengths: Sequence[int]) -> list[int]:
-        saved = round((1 - COPIED) * shared)
-        return [
-            len(piece) * max(piece) if padded else sum(piece) - (len(piece) - 1) * saved
-            for piece in pieces(lengths, size)
-        ]
+        if padded:
+            return [len(piece) * max(piece) for piece in pieces(lengths, size)]
+        copied = round(COPIED * shared)
+        return [sum(piece) - (len(piece) - 1) * shared + len(piece) * copied for piece in pieces(lengths, size)]
 
     def tokens(size: int) -> int:
         return max(count for lengths in updates for count in sizes_of(size, lengths))

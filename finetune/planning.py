@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -55,7 +57,7 @@ def updates(settings: Settings, tokens: Tokens) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-    """The plan for `limit` bytes of GPU memory. It leaves the model placed as the plan says, and without gradients."""
+    """Plans for `limit` bytes of GPU memory; None: no GPU. It leaves the model placed as the plan says, and without gradients."""
 
     trainer: OurTrainer
     model: PeftModel
@@ -68,17 +70,51 @@ class Planner:
         """What the user set, and on a GPU the rest as it fits the memory."""
         if self.limit is None:
             return self._as_set("as set")
+        return self._placed(self._widened() or self._narrow())
+
+    def follow(self, recorded: plan.Plan) -> plan.Plan:
+        """A plan made before, with nothing measured.
+
+        What is compiled is compiled for the same sizes first as by `choose`, lest the order of a sum hang on them.
+        """
+        placed = self._placed(recorded)
+        if self.trainer.packed and self.limit is not None:
+            import torch
+
+            stream, sizes = self._stream()
+            with contextlib.suppress(torch.OutOfMemoryError), torch.random.fork_rng():
+                self._loss(stream[: sizes[0]], recorded.recomputed).backward()
+            self.trainer.forget(self.model)
+        return placed
+
+    def _placed(self, chosen: plan.Plan) -> plan.Plan:
+        """The model placed as a plan says, and the plan as far as that can be."""
+        packed = self.trainer.packed
+        if not packed:
+            return dataclasses.replace(chosen, embedding_on_host=False, widened=False)
+        packed.place_embedding(self.model, chosen.embedding_on_host)
+        return dataclasses.replace(chosen, widened=packed.widen(self.model, chosen.widened))
+
+    def _widened(self) -> plan.Plan | None:
+        """The plan with the weights widened, where whole updates without recomputing fit beside them."""
         import torch
 
+        packed, model, limit = self.trainer.packed, self.model, self.limit
+        assert limit is not None
+        if not packed or not 0 < ROOM_TO_WIDEN * packed.wide_bytes(model) < limit - torch.cuda.memory_allocated():
+            return None
+        cost = self._measured() if packed.widen(model, True) else None
+        packed.widen(model, False)
+        if cost is None:
+            return None
+        found = self._chosen(cost)
+        whole = found.accumulation == 1 and found.recomputed == 0
+        fits = cost.peak(found.tokens, found.recomputed) <= plan.usable(limit)
+        return dataclasses.replace(found, widened=True) if whole and fits else None
+
+    def _narrow(self) -> plan.Plan:
+        """The plan with the weights in 4 bits alone, and the embedding moved away where that helps."""
         packed, model = self.trainer.packed, self.model
-        if packed and 0 < ROOM_TO_WIDEN * packed.wide_bytes(model) < self.limit - torch.cuda.memory_allocated():
-            packed.widen(model, True)
-            if cost := self._measured():
-                found = self._chosen(cost)
-                fits = cost.peak(found.tokens, found.recomputed) <= plan.usable(self.limit)
-                if fits and found.accumulation == 1 and found.recomputed == 0:
-                    return dataclasses.replace(found, widened=True)
-            packed.widen(model, False)
         movable = packed.movable(model) if packed else 0
         cost = self._measured()
         on_host = cost is None and movable > 0
@@ -103,16 +139,14 @@ class Planner:
 
         from finetune import probe
 
-        model, settings = self.model, self.settings
-        rows = self.trainer.train_dataset.select(range(min(64, len(self.tokens.dataset))))["input_ids"]
-        stream = [token for ids in rows for token in ids]
-        most = min(MOST_TOKENS, self.tokens.longest * settings.rows_per_update, len(stream))
+        model = self.model
+        stream, sizes = self._stream()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         width = model.config.get_text_config().hidden_size * 2 * self.engine.KEEPS_INPUTS
         try:
             with torch.random.fork_rng():
                 return probe.measure(
-                    model, self.engine.layers(model), width, trained * OPTIMIZER_BYTES.get(settings.optim, 4), (most // 2, most),
+                    model, self.engine.layers(model), width, trained * OPTIMIZER_BYTES.get(self.settings.optim, 4), sizes,
                     lambda count, recomputed: self._loss(stream[:count], recomputed), partial=self.engine.PARTIAL,
                 )  # fmt: skip
         except torch.OutOfMemoryError:
@@ -120,16 +154,23 @@ class Planner:
         finally:
             self.trainer.forget(model)
 
+    def _stream(self) -> tuple[list[int], tuple[int, int]]:
+        """Tokens to measure with, and how many of them in a small and a large pass: no more than an update may have."""
+        begin = self._shared()
+        most = max(2, min(MOST_TOKENS, (self.tokens.longest - begin) * self.settings.rows_per_update))
+        rows = itertools.cycle(self.trainer.train_dataset.select(range(min(64, len(self.tokens.dataset))))["input_ids"])
+        stream = list(itertools.islice(itertools.chain.from_iterable(rows), begin + most))
+        return stream, (begin + most // 2, begin + most)
+
     def _loss(self, stream: list[int], recomputed: int) -> torch.Tensor:
-        """A forward pass over so many tokens, as rows of equal lengths."""
+        """A forward pass over so many tokens, as rows of equal lengths after what all begin with."""
         import torch
 
         self.trainer.recompute(recomputed)
-        begin = min(self._shared(), len(stream) - 1)  # of each row, computed once
-        rest = stream[begin:]
-        rows = -(-len(rest) // (self.tokens.longest - begin))
-        parts = [[*stream[:begin], *part] for part in plan.pieces(rest, -(-len(rest) // rows))]
-        count = torch.tensor(len(stream), device="cuda")
+        begin, rest = stream[: self._shared()], stream[self._shared() :]
+        rows = math.ceil(len(rest) / (self.tokens.longest - len(begin)))
+        parts = [[*begin, *part] for part in plan.pieces(rest, math.ceil(len(rest) / rows))]
+        count = torch.tensor(len(stream), device=self.model.device)
         loss: torch.Tensor = self.trainer.loss_of(
             self.model, [dict(input_ids=part, labels=part) for part in parts], count
         )

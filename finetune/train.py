@@ -98,12 +98,9 @@ def fit(
             followed = json.loads((resume / "plan.json").read_text())
         planner = planning.Planner(trainer, model, settings, tokens, engine, planning.memory(settings))
         began = time.perf_counter()
-        trainer.plan = plan.Plan.of(followed) if followed else planner.choose()
+        trainer.plan = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
         plan_s = time.perf_counter() - began
         recompute(trainer.plan.recomputed)
-        if packed:
-            packed.place_embedding(model, trainer.plan.embedding_on_host)
-            trainer.plan = dataclasses.replace(trainer.plan, widened=packed.widen(model, trainer.plan.widened))
         print(f"plan: {trainer.plan.describe()}", flush=True)
         trainer.progress = console.Progress(
             planning.updates(settings, tokens), settings.logging_steps, len(trainer.metrics)

@@ -97,7 +97,7 @@ class OurTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Gradients of one update, averaged over all its labels, whatever the pieces. Returns its loss.
 
-        An update that does not fit the memory is begun anew in smaller pieces: nothing is lost, and nothing counts twice.
+        An update that does not fit the memory is begun anew under a smaller plan: nothing is lost, and nothing counts twice.
         """
         rows = inputs["update"].rows
         while True:
@@ -149,8 +149,10 @@ class OurTrainer(SFTTrainer):
         torch.cuda.empty_cache()
 
     def _smaller(self, message: str) -> Plan:
-        """The plan with half the micro-batch. Raises Refusal where a single row does not fit."""
-        before = dataclasses.replace(self.plan, tokens=0, forecast_gib=None, forecast_step_s=None)  # of other pieces
+        """The plan without widened weights, or with half the micro-batch. Raises Refusal where a single row does not fit."""
+        before = dataclasses.replace(
+            self.plan, tokens=0, forecast_gib=None, forecast_step_s=None, cost=None
+        )  # of other pieces
         again = f"out of GPU memory: update {self.state.global_step + 1} is repeated"
         if self.packed and before.widened:
             print(f"{again} with the weights in 4 bits alone", flush=True)

@@ -19,13 +19,14 @@ def fit(
     settings = Settings.from_env(
         {
             "MODEL_NAME": str(llama), "DATASET_NAME": "samples", "DATASET_CONFIG": "en", "MAX_STEPS": "3", "WARMUP_STEPS": "0",
-            "PER_DEVICE_TRAIN_BATCH_SIZE": "4", "GRADIENT_ACCUMULATION_STEPS": "1", "MAX_SEQ_LENGTH": "192", "LEARNING_RATE": "1e-2",
+            "PER_DEVICE_TRAIN_BATCH_SIZE": "4", "GRADIENT_ACCUMULATION_STEPS": "1", "MAX_SEQ_LENGTH": "288", "LEARNING_RATE": "1e-2",
             "LOAD_IN_4BIT": "0", "OPTIM": "adamw_torch", "SAVE_STEPS": "0", **values,
         }
     )  # fmt: skip
     source = hub.Source(str(llama), None, llama)
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(data.load(settings), tokenizer, settings)
+    assert tokens.common < tokens.longest  # rows that differ
     model = engine.load(settings, source)
     done = train.fit(model, tokens, tokenizer, settings, choice or engines.choose(settings, None, {}), engine, output)
     return done, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -74,7 +74,7 @@ def applied(
         for layer in decoder.layers:
             layer.compile(options={"shape_padding": False})  # its padding is chosen by timing, anew in every process
     try:
-        yield Packed(places, longest, device, _shared(model, common))
+        yield Packed(places, longest, device, _shared(model, places, common))
         decoder.embed_tokens.to(device)  # not after an error: it may be that it does not fit
     finally:
         model.config._attn_implementation = before
@@ -91,12 +91,12 @@ def _linear(model: PeftModel) -> list[Any]:
     return [module for module in base.model.modules() if hasattr(module, "lora_A")]
 
 
-def _shared(model: PeftModel, common: int) -> int:
+def _shared(model: PeftModel, places: int, common: int) -> int:
     """Tokens that are computed once: all common ones but the last, which is followed by another token in each row.
 
     None with dropout, which draws for each row anew, and none where that gains nothing.
     """
-    return common - 1 if common > FEWEST_SHARED and not engines.drops(model) else 0
+    return common - 1 if places > 1 and common > FEWEST_SHARED and not engines.drops(model) else 0
 
 
 def varlen(
@@ -135,26 +135,26 @@ class Packed:
     shared: int = 0
 
     def pack(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-        """Lay rows end to end, with their common beginning once before them: tensors of shape (1, tokens).
+        """Lay rows end to end, with their common beginning once before them. ids and positions: (1, tokens); labels: (tokens,).
 
-        weights: how often a token's label counts: in all rows where it follows the beginning, which is predicted once, and not at
-        all where there is none, or nothing before it may predict it.
+        weights: (tokens,), how often a token counts as a label. 0: it is none, or nothing before it may predict it. The first that
+        follows the beginning is predicted once, for all rows.
         """
-        sizes = [len(row["input_ids"]) for row in rows]
-        shared = min(self.shared, min(sizes) - 1)
+        sizes, shared = [len(row["input_ids"]) for row in rows], self.shared
         parts = [(0, 0, shared), *((row, shared, size) for row, size in enumerate(sizes))]
         ids, labels = (
             np.concatenate([np.array(rows[row][column][start:end], np.int64) for row, start, end in parts])
             for column in ("input_ids", "labels")
         )
-        where = beginning.layout(sizes, shared, self.places)
-        weights = np.where(labels == IGNORED, 0, 1)
-        weights[: shared + 1] *= len(rows)
-        weights[[0, *where["ends"][2 : len(rows) + 1]]] = 0
         positions = np.concatenate([np.arange(start, end) for _, start, end in parts])
+        where = beginning.layout(sizes, shared, self.places)
+        starts_of_others = where.ends[2 : len(rows) + 1]
+        weights = (labels != IGNORED).astype(np.int64)
+        weights[: shared + 1] *= len(rows)
+        weights[[0, *starts_of_others]] = 0
+        used = where if shared else where[:2]
         flat, ends, key_ends, *spread = (
-            torch.from_numpy(array).to(self.device)
-            for array in (np.stack([positions, labels, weights]), *list(where.values())[: 5 if self.shared else 2])
+            torch.from_numpy(array).to(self.device) for array in (np.stack([positions, labels, weights]), *used)
         )
         return dict(
             input_ids=torch.from_numpy(ids)[None], position_ids=_any_length(flat[0:1], 1), labels=flat[1], weights=flat[2],

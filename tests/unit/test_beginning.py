@@ -13,25 +13,22 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def test_each_row_sees_the_beginning_and_itself() -> None:
     tokens = [*"ab", *"cd", *"e", *"fgh"]  # abcd, abe, abfgh
     where = beginning.layout([4, 3, 5], shared=2, places=4)
-    assert where["ends"].tolist() == [0, 2, 4, 5, 8, 8]
-    assert where["key_ends"].tolist() == [0, 2, 6, 9, 14, 14]
-    assert "".join(tokens[key] for key in where["keys"]) == "ab" + "abcd" + "abe" + "abfgh"
-    assert where["keys"][where["copies"]].tolist() == [[0, 1]] * 4
-    assert where["keys"][where["rests"]].tolist() == [2, 3, 4, 5, 6, 7]
+    assert where.ends.tolist() == [0, 2, 4, 5, 8, 8]
+    assert where.key_ends.tolist() == [0, 2, 6, 9, 14, 14]
+    assert "".join(tokens[key] for key in where.keys) == "ab" + "abcd" + "abe" + "abfgh"
+    assert where.keys[where.copies].tolist() == [[0, 1]] * 4
+    assert where.keys[where.rests].tolist() == [2, 3, 4, 5, 6, 7]
 
 
 def test_without_a_beginning_keys_are_the_tokens() -> None:
     where = beginning.layout([2, 3], shared=0, places=2)
-    assert where["keys"].tolist() == where["rests"].tolist() == list(range(5))
-    assert where["ends"].tolist() == where["key_ends"].tolist() == [0, 0, 2, 5]
+    assert where.keys.tolist() == where.rests.tolist() == list(range(5))
+    assert where.ends.tolist() == where.key_ends.tolist() == [0, 0, 2, 5]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_spread_is_indexing_with_its_gradient(device: str) -> None:
-    where = {
-        name: torch.from_numpy(array).to(device) for name, array in beginning.layout([9, 7, 12], 5, places=3).items()
-    }
-    index = [where[name] for name in ("keys", "copies", "rests")]
+    index = [torch.from_numpy(array).to(device) for array in beginning.layout([9, 7, 12], 5, places=3)[2:]]
     found, expected = (torch.randn(18, 2, 4, device=device, dtype=torch.float64, requires_grad=True) for _ in range(2))
     expected.data = found.data.clone()
     weights = torch.randn(len(index[0]), 2, 4, device=device, dtype=torch.float64)
@@ -43,6 +40,7 @@ def test_spread_is_indexing_with_its_gradient(device: str) -> None:
         copies = torch.ops.finetune.spread(found, *index)
     assert torch.equal(copies, found.detach()[index[0]])
     torch.library.opcheck(torch.ops.finetune.spread.default, (found, *index))
+    torch.library.opcheck(torch.ops.finetune.gathered.default, (copies, *index[1:]))
 
 
 def test_it_is_compiled_once_for_all_sizes() -> None:
@@ -58,8 +56,8 @@ def test_it_is_compiled_once_for_all_sizes() -> None:
 
     for sizes in ([9, 7, 12], [20, 8, 30], [50, 60], [11, 9, 40, 41]):
         where = beginning.layout(sizes, shared=5, places=4)
-        states = torch.randn(int(where["ends"][-1]), 2, 4, requires_grad=True)
-        index = [torch.from_numpy(where[name]) for name in ("keys", "copies", "rests")]
+        states = torch.randn(int(where.ends[-1]), 2, 4, requires_grad=True)
+        index = [torch.from_numpy(array) for array in where[2:]]
         marked = tuple(compiled._any_length(tensor, *range(tensor.dim())) for tensor in index)
         doubled(compiled._any_length(states, 0), marked).sum().backward()
     assert counter.frame_count == 1

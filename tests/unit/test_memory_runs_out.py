@@ -67,7 +67,7 @@ def test_one_row_that_does_not_fit_is_said_with_the_way_out(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out_of_memory_once(monkeypatch, larger_than=0, after=0)
-    with pytest.raises(Refusal, match=r"one row at a time.*MAX_SEQ_LENGTH=96"):
+    with pytest.raises(Refusal, match=r"one row at a time.*MAX_SEQ_LENGTH=144"):
         fit(llama, tmp_path / "none")
 
 

@@ -146,11 +146,11 @@ def test_weights_are_widened_where_whole_updates_fit_beside_them(
 
     monkeypatch.setattr(planning, "memory", lambda settings: 8.0 * plan.GIB)
     monkeypatch.setattr(compiled.Packed, "widen", staticmethod(widen))
-    assert course("fits", plan.GIB, 1)[0] == [True, True]
+    assert course("fits", plan.GIB, 1)[0] == [True, False, True]  # measured, and then placed as planned
     assert course("must-recompute", plan.GIB, 1e9)[0] == [True, False, False]
     assert course("too-large", 3 * plan.GIB, 1)[0] == [False]
     assert course("16-bits", 0, 1)[0] == [False]
     monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
     found, done = course("runs-out", plan.GIB, 1)
-    assert found == [True, True, False]
+    assert found == [True, False, True, False]
     assert (done.plan.widened, done.plan.micro_batch, len(done.metrics)) == (False, 4, 3)

@@ -85,8 +85,8 @@ def test_padding_counts() -> None:
 
 
 def test_what_all_rows_begin_with_is_computed_once_a_piece() -> None:
-    saved = round((1 - plan.COPIED) * 500)
-    for size, expected in ((8, 8000 - 7 * saved), (4, 4100 - 3 * saved), (1, 1700)):
+    copied = round(plan.COPIED * 500)
+    for size, expected in ((8, 8000 - 7 * 500 + 8 * copied), (4, 4100 - 3 * 500 + 4 * copied), (1, 1700 + copied)):
         assert plan.choose(8, UPDATES, COST, 1e15, shared=500, micro_batch=size).tokens == expected
     whole, once = (plan.choose(8, UPDATES, COST, 24 * plan.GIB, shared=shared) for shared in (0, 500))
     assert once.recomputed < whole.recomputed
