@@ -373,8 +373,10 @@ def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
 
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(f"MODEL_NAME={source.name}: its tokenizer cannot be loaded ({_line(error)})") from None
+    except Exception as error:  # it reads config.json too, and an odd one may raise anything
+        raise SettingsError(
+            f"MODEL_NAME={source.name}: its tokenizer or config.json cannot be loaded ({_line(error)})"
+        ) from None
     if loaded.eos_token_id is None:
         raise SettingsError(
             f"MODEL_NAME={source.name}: its tokenizer has no EOS token, so a model could never end an answer"
@@ -395,13 +397,14 @@ def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
 class Tokens:
     """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORED where there is no loss.
 
-    common: how many tokens, with their labels, all rows begin with: a template's beginning, a system prompt.
+    largest: the highest id. common: how many tokens, with their labels, all rows begin with: a template's beginning, a system prompt.
     sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once.
     """
 
     dataset: Dataset
     truncated: int
     longest: int
+    largest: int
     common: int
     total: int
     sha256: str
@@ -454,14 +457,21 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
             "long; raise MAX_SEQ_LENGTH, for example MAX_SEQ_LENGTH=4096"
         )
     truncated = sum(mapped["truncated"])
-    lengths, digest, common = [], hashlib.sha256(), None
+    lengths, largest, digest, common = [], 0, hashlib.sha256(), None
     for ids, labels in zip(mapped["input_ids"], mapped["labels"], strict=True):
         common = _same((ids, labels), common or (ids, labels))
         lengths.append(len(ids))
+        largest = max(largest, *ids)
         digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
     assert common is not None
     return Tokens(
-        mapped.remove_columns(["truncated"]), truncated, max(lengths), len(common[0]), sum(lengths), digest.hexdigest()
+        mapped.remove_columns(["truncated"]),
+        truncated,
+        max(lengths),
+        largest,
+        len(common[0]),
+        sum(lengths),
+        digest.hexdigest(),
     )
 
 

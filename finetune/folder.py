@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune import files
-from finetune.errors import SettingsError
+from finetune.errors import PreflightError, SettingsError
 from finetune.report import below, versions
 from finetune.settings import Settings
 
 PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", "metrics.jsonl", "curves.png", "report.html", "samples.md", "README.md")  # fmt: skip
+IDENTITY = "checkpoints/identity.json"
 
 
-def begin(settings: Settings, output: Path, decides: Mapping[str, Any]) -> bool:
-    """Make `output` ready for a run; True where this very run is complete there already.
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """`output` for this process alone, for a while. Raises PreflightError where another run is writing there.
 
-    decides: what decides the weights beside the settings: engine, and all that went in. Raises SettingsError with the differences
-    where `output` holds another run, unless OVERWRITE is set.
+    Two runs in one folder take each other's checkpoints for their own. A file system that knows no locks is not asked twice.
     """
-    identity = {**settings.deciding(), **decides, **{f"version of {k}": v for k, v in versions().items()}}
-    place = output / "checkpoints" / "identity.json"
-    complete = (output / "run.json").is_file()
+    fresh = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PreflightError(
+            f"OUTPUT_DIR={output}: another run is writing there. Wait until it has ended, or give another folder, for example "
+            f"OUTPUT_DIR={output}-2"
+        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+        if fresh:
+            with contextlib.suppress(OSError):  # there is something in it
+                output.rmdir()
+
+
+def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether this very run is complete in `output`, with all that is asked for. Nothing is changed there.
+
+    identity: of this run. Raises SettingsError with the differences where `output` holds another run, unless OVERWRITE is set.
+    """
     if settings.overwrite:
-        for name in (*PRODUCTS, *(f"{name}.partial" for name in PRODUCTS)):
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif place.is_file():
-        before = json.loads(place.read_text())
+        return False
+    complete, place = (output / "run.json").is_file(), output / IDENTITY
+    if place.is_file():
+        try:
+            before = dict(json.loads(place.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise SettingsError(
+                f"{place}: cannot be read ({error}); give another OUTPUT_DIR, or OVERWRITE=1 to replace the run in this one"
+            ) from None
         different = [k for k in sorted({*before, *identity}) if before.get(k) != identity.get(k)]
         if different:
             raise SettingsError(
@@ -38,14 +69,30 @@ def begin(settings: Settings, output: Path, decides: Mapping[str, Any]) -> bool:
                 f"OUTPUT_DIR={output}: holds {'a complete' if complete else 'an unfinished'} run with other settings. Give those "
                 "again to go on with it, another OUTPUT_DIR to keep it, or OVERWRITE=1 to replace it.",
             )
-        return complete
-    elif there := [name for name in PRODUCTS if (output / name).exists() and (output / name) != place.parent]:
+        asked = dict(adapter=settings.save_adapter, merged=settings.save_merged)
+        if lacking := [name for name, wanted in asked.items() if complete and wanted and not (output / name).is_dir()]:
+            print(f"{output}: this run is complete but for {' and '.join(lacking)}, which is made now", flush=True)
+        return complete and not lacking
+    if there := [name for name in PRODUCTS if (output / name).exists() and (output / name) != place.parent]:
         raise SettingsError(
             f"OUTPUT_DIR={output}: already holds {', '.join(there)}; give another folder, or OVERWRITE=1 to replace them"
         )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(place, identity)
     return False
+
+
+def identity(settings: Settings, decides: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run this one: settings, versions, and what `decides` names beside them: engine, and all that goes in."""
+    return {**settings.deciding(), **decides, **{f"version of {k}": v for k, v in versions().items()}}
+
+
+def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None:
+    """Make `output` this run's. With OVERWRITE the old run goes now, when all that can refuse the new one has been asked."""
+    if settings.overwrite:
+        for name in (*PRODUCTS, *(f"{name}.partial" for name in PRODUCTS)):
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (output / IDENTITY).parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(output / IDENTITY, identity)
 
 
 def finished(output: Path) -> dict[str, Any]:

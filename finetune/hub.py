@@ -72,16 +72,22 @@ class Source:
     def config(self) -> dict[str, Any]:
         """The model's config.json; {} where there is none."""
         try:
-            return dict(json.loads((self.folder / "config.json").read_text()))
+            found = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}  # who loads the model says what is wrong
 
 
 def weight_files(folder: Path) -> list[str]:
     """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one."""
     for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
         if (folder / index).is_file():
-            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise SettingsError(
+                    f"MODEL_NAME={folder}: {index} is no list of weight files; download or copy the model again"
+                ) from None
         elif (folder / single).is_file():
             names = [single]
         else:

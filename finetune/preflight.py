@@ -84,7 +84,7 @@ def parameters(model_name: str) -> int | None:
     """Parameters of a model folder, counted in its safetensors headers, or as a Hub name states them; None: unknown."""
     folder = Path(model_name)
     if folder.is_dir():
-        headers = [safetensors_header(file) for file in sorted(folder.glob("*.safetensors"))]
+        headers = [safetensors_header(file, whole=True) for file in sorted(folder.glob("*.safetensors"))]
         return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values()) or None
     stated = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z0-9])", model_name.rpartition("/")[2])
     if not stated:
@@ -93,18 +93,26 @@ def parameters(model_name: str) -> int | None:
     return int(float(number) * (1e9 if unit in "Bb" else 1e6))
 
 
-def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """dtype, shape and data_offsets of each tensor in a safetensors file. Raises PreflightError where it is damaged or closed."""
+def safetensors_header(file: Path, *, whole: bool = False) -> dict[str, dict[str, Any]]:
+    """dtype, shape and data_offsets of each tensor in a safetensors file.
+
+    whole: the tensors must be there too. Raises PreflightError where the file is damaged or closed.
+    """
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if not 1 < length <= file.stat().st_size:
+            size = file.stat().st_size
+            if not 1 < length <= size:
                 raise ValueError
             header = json.loads(stream.read(length))
-    except (OSError, ValueError):
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = [entry["data_offsets"][1] for entry in tensors.values() if math.prod(entry["shape"]) >= 0]
+            if whole and 8 + length + max(ends, default=0) != size:
+                raise ValueError
+            return tensors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         problem = denied(file) or f"{file}: not a whole safetensors file; download or copy the model again"
         raise PreflightError(problem) from None
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def check(

@@ -15,6 +15,16 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     clock, output, visible = report.Clock(), Path(settings.output_dir), preflight.gpus(environ)
     print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
     hub.login(settings)
+    with folder.locked(output):
+        train_in(output, clock, visible, settings, environ, recorded)
+    hub.publish(settings)
+
+
+def train_in(
+    output: Path, clock: report.Clock, visible: list[preflight.Gpu], settings: Settings, environ: Mapping[str, str],
+    recorded: inputs.Record | None,
+) -> None:  # fmt: skip
+    """All of a run that is written to `output`."""
     rows = data.load(settings)
     source = hub.fetch_model(settings)
     preflight.check(settings, visible, environ, count=preflight.parameters(str(source.folder)))
@@ -28,14 +38,16 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(rows, tokenizer, settings)
     console.phase("loading", f"data: {tokens.describe()}, {rows.dropped} dropped")
-    if folder.begin(settings, output, {**choice.deciding(), **inputs.check(source, rows, tokens, recorded)}):
-        print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
-        return hub.publish(settings)
+    identity = folder.identity(settings, {**choice.deciding(), **inputs.check(source, rows, tokens, recorded)})
+    if folder.begin(settings, output, identity):
+        return print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
     clock.mark("data_s")
 
     model = engine.load(settings, source)
+    engines.check_fits(model, settings, tokens)
     if settings.save_merged:
         weights.check_mergeable(model, source)
+    folder.claim(settings, output, identity)
     clock.mark("load_s")
     ask = answer.sample(engine, model, tokenizer, rows.messages, settings)
     before = ask("before")
@@ -57,4 +69,3 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     record = report.record(settings, choice, source, rows, tokens, fit, merged, (before, after), machine, clock)
     report.write(output, record, fit.metrics)
     print(report.summary(output, record), flush=True)
-    hub.publish(settings)

@@ -12,12 +12,15 @@ and PARTIAL: whether n may lie between none and all; KEEPS_INPUTS: whether a rec
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from finetune.errors import SettingsError
+from finetune.errors import PreflightError, Refusal, SettingsError
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import BitsAndBytesConfig
 
+    from finetune.data import Tokens
     from finetune.engines.compiled import Packed
     from finetune.hub import Source
     from finetune.preflight import Gpu
@@ -148,6 +152,66 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+@contextlib.contextmanager
+def loading(source: Source) -> Iterator[None]:
+    """Whatever a library raises while it loads a model, as a Refusal that names the model."""
+    import torch
+
+    try:
+        yield
+    except Refusal:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise PreflightError(
+            f"MODEL_NAME={source.name}: its weights do not fit the GPU's memory ({str(error).partition('. ')[0]}); take a smaller "
+            "model, or a GPU on which nothing else runs"
+        ) from None
+    except Exception as error:  # a damaged file or an odd config.json may raise anything
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingsError(
+            f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({told[:300]}); take another model, or copy or "
+            "download this one again"
+        ) from None
+
+
+def check_whole(source: Source, info: Mapping[str, Any]) -> None:
+    """Raise SettingsError where the files lack tensors of the model: transformers would go on with random ones.
+
+    info: what transformers says of the loading (`output_loading_info`); tied weights are not in it.
+    """
+    lacking = sorted(info["missing_keys"])
+    odd = sorted(
+        f"{name} has shape {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]
+    )
+    if lacking or odd:
+        shown = [*(f"{name} is missing" for name in lacking), *odd]
+        more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
+        raise SettingsError(
+            f"MODEL_NAME={source.name}: its files are not those of the model that its config.json describes: {', '.join(shown[:10])}{more}; "
+            "download or copy the model again"
+        )
+
+
+def check_fits(model: PeftModel, settings: Settings, tokens: Tokens) -> None:
+    """Raise SettingsError where the model has no embedding for a token, or none for a place in the longest row."""
+    import torch
+
+    words: Any = model.get_input_embeddings()
+    if tokens.largest >= words.num_embeddings:
+        raise SettingsError(
+            f"MODEL_NAME={settings.model_name}: its tokenizer makes token {tokens.largest}, and the model has {words.num_embeddings}; "
+            "take the tokenizer that belongs to the model"
+        )
+    learned = ("wpe", "embed_positions", "position_embeddings")  # where positions are not computed
+    tables = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding) and name.endswith(learned)]
+    limit = model.config.get_text_config().max_position_embeddings if tables else math.inf
+    if tokens.longest > limit:
+        raise SettingsError(
+            f"MAX_SEQ_LENGTH={settings.max_seq_length}: a row has {tokens.longest} tokens, and {settings.model_name} knows {limit} "
+            f"positions; for example MAX_SEQ_LENGTH={limit}"
+        )
 
 
 def settle_4bit(settings: Settings, model: torch.nn.Module) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune import engines
-from finetune.errors import SettingsError
 from finetune.hub import Source
 from finetune.settings import Settings
 
@@ -46,14 +45,12 @@ def load(settings: Settings, source: Source) -> PeftModel:
 
     dtype = engines.compute_dtype(settings)
     options: dict[str, Any] = dict(quantization_config=engines.nf4(dtype)) if settings.load_in_4bit else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"}, **options
-        )
-    except (ValueError, KeyError) as error:
-        raise SettingsError(
-            f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({error})"
-        ) from None
+    with engines.loading(source):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"}, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    engines.check_whole(source, info)
     engines.settle_4bit(settings, model)
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if _linear(module) and module is not head]

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from finetune import engines
-from finetune.errors import PreflightError, SettingsError
+from finetune.errors import PreflightError
 from finetune.hub import Source
 from finetune.settings import Settings
 
@@ -38,17 +38,13 @@ def load(settings: Settings, source: Source) -> PeftModel:
     """
     from unsloth import FastLanguageModel
 
-    try:
+    with engines.loading(source):
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(source.folder),
             max_seq_length=settings.max_seq_length,
             dtype=engines.compute_dtype(settings),
             load_in_4bit=settings.load_in_4bit,
         )
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise SettingsError(
-            f"MODEL_NAME={source.name}: unsloth cannot load it ({error}); try ENGINE=transformers"
-        ) from None
     engines.settle_4bit(settings, model)
     import torch
 
