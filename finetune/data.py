@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from finetune.settings import SPLIT, Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import RecordBatch
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
@@ -90,18 +91,20 @@ def load(settings: Settings) -> Rows:
     elif not on_hub(name):
         commit, found = (
             None,
-            _slice(settings, [(f"{name} {where}", row) for where, row in _file(Path(name).expanduser())]),
+            _slice(settings, [(f"{name} {where}", row) for where, row in _file(Path(name).expanduser(), settings)]),
         )
     else:
         commit, found = _from_hub(settings)
     if not found:
         raise SettingsError(f"DATASET_NAME={name}: holds no rows in {settings.dataset_split}")
-    messages = "messages" in found[0][1] and not set(found[0][1]).issuperset(settings.completion_columns)
+    first: Row = next((row for _, row in found if isinstance(row, dict)), {})
+    messages = "messages" in first and not set(first).issuperset(settings.completion_columns)
     columns = ("messages",) if messages else settings.prompt_columns + settings.completion_columns
     good, bad = [], []
     for where, row in found:
-        problem = _bad_messages(row) if messages else _bad_columns(row, columns)
-        if problem:
+        if not isinstance(row, dict):
+            bad.append(f"{where}: is {_kind(row)}, not an object")
+        elif problem := _bad_messages(row) if messages else _bad_columns(row, columns):
             bad.append(f"{where}: {problem}")
         else:
             good.append({column: row[column] for column in columns})
@@ -180,11 +183,13 @@ def missing(settings: Settings) -> Iterator[str]:
         yield from error.problems
 
 
-def _file(path: Path) -> Iterator[tuple[str, Row]]:
+def _file(path: Path, settings: Settings) -> Iterator[tuple[str, Row]]:
     """The rows of a local file, each with its place."""
-    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()]
+    parquet = functools.partial(_parquet, {"messages", *settings.prompt_columns, *settings.completion_columns})
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]]
+    readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": parquet}
     try:
-        yield from reader(path)
+        yield from readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise SettingsError(f"DATASET_NAME={path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
@@ -200,9 +205,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             index += 1
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SettingsError(
-                    f'{path} line {number}: not JSON ({error}); each line is one object, such as {{"Question": "…"}}'
+                    f'{path} line {number}: {_not_json(error)}; each line is one object, such as {{"Question": "…"}}'
                 ) from None
             yield f"row {index} (line {number})", row
 
@@ -211,9 +216,10 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
     text = path.read_text(encoding="utf-8-sig")
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(
-            f"DATASET_NAME={path}: not JSON ({error}); a file with one object a line is named .jsonl"
+            f'DATASET_NAME={path}: {_not_json(error)}; it takes a list of objects, such as [{{"Question": "…"}}], and a file '
+            "with one object a line is named .jsonl"
         ) from None
     if isinstance(rows, dict):  # {"data": [...]} and the like
         lists = [value for value in rows.values() if isinstance(value, list)]
@@ -226,11 +232,16 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
         yield f"row {index}", row
 
 
+def _not_json(error: ValueError | RecursionError) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"
+
+
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
+            _named_once(path, reader.fieldnames or ())
             for index, row in enumerate(reader, 1):
                 place = f"row {index} (line {reader.line_num})"
                 if None in row:
@@ -242,18 +253,41 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             raise SettingsError(f"{path} line {reader.line_num}: not CSV ({error})") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet(wanted: set[str], path: Path) -> Iterator[tuple[str, Row]]:
+    """Columns that are not wanted are None: they may hold what Python cannot, and messages still name them."""
     import pyarrow
     from pyarrow import parquet
 
     try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        _named_once(path, names)
         index = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
+        for batch in file.iter_batches(columns=[name for name in names if name in wanted]):
+            for row in _converted(path, batch):
                 index += 1
-                yield f"row {index}", row
+                yield f"row {index}", {**dict.fromkeys(names), **row}
     except pyarrow.ArrowInvalid as error:
         raise SettingsError(f"DATASET_NAME={path}: not a whole Parquet file ({_line(error)})") from None
+
+
+def _converted(path: Path, batch: RecordBatch) -> list[Row]:
+    try:
+        rows: list[Row] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # a time beyond Python's, bytes that are not UTF-8
+        names = ", ".join(batch.schema.names)
+        raise SettingsError(
+            f"DATASET_NAME={path}: one of {names} cannot be read ({_line(error)}); save it as text"
+        ) from None
+    return rows
+
+
+def _named_once(path: Path, names: Sequence[str]) -> None:
+    """Refuse two columns of one name, of which a row would keep the last. No setting can ask for one without a name."""
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise SettingsError(
+            f"DATASET_NAME={path}: has more than one column {twice}; name each column once, for example {twice}_2"
+        )
 
 
 def _slice(settings: Settings, rows: list[tuple[str, Row]]) -> list[tuple[str, Row]]:
@@ -279,9 +313,7 @@ def _range(settings: Settings, count: int) -> range:
     return range(*slice(bound(parsed["start"]), bound(parsed["stop"])).indices(count))
 
 
-def _bad_columns(row: Any, columns: tuple[str, ...]) -> str | None:
-    if not isinstance(row, dict):
-        return f"is {_kind(row)}, not an object"
+def _bad_columns(row: Row, columns: tuple[str, ...]) -> str | None:
     for column in columns:
         if column not in row:
             return f"has no column {column}; its columns are {', '.join(map(str, row)) or 'none'}"
@@ -297,11 +329,20 @@ def _bad_text(value: Any) -> str | None:
         return f"is {_kind(value)}, not text"
     if not value.strip():
         return "is only white space" if value else "is empty"
+    return _bad_characters(value)
+
+
+def _bad_characters(text: str) -> str | None:
+    """JSON can write half of a surrogate pair, which neither UTF-8 nor a tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has half a character, \\u{ord(text[error.start]):x}; its halves come in pairs, such as \\ud83d\\ude00"
     return None
 
 
-def _bad_messages(row: Any) -> str | None:
-    turns = row.get("messages") if isinstance(row, dict) else None
+def _bad_messages(row: Row) -> str | None:
+    turns = row.get("messages")
     if not isinstance(turns, list) or not turns:
         return "has no list of messages"
     for number, turn in enumerate(turns, 1):
@@ -309,11 +350,17 @@ def _bad_messages(row: Any) -> str | None:
             return f"message {number} has no role"
         if problem := _bad_text(turn.get("content")):
             return f"content of message {number} {problem}"
+        try:
+            whole = json.dumps(turn, ensure_ascii=False)  # a chat template may use what else stands in it
+        except TypeError as error:  # Parquet has times and bytes
+            return f"message {number} cannot be written as JSON ({_line(error)})"
+        if problem := _bad_characters(whole):
+            return f"message {number} {problem}"
     return None if turns[-1]["role"] == "assistant" else "does not end with the assistant's message"
 
 
 def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text"}.get(type(value), str(type(value).__name__))  # fmt: skip
+    return {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text", type(None): "null"}.get(type(value), str(type(value).__name__))  # fmt: skip
 
 
 def _line(error: Exception) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import tiny
 from finetune import data, hub
@@ -25,7 +28,7 @@ def rows_file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
     text = (
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) if name.endswith("l") else json.dumps(rows)
     )
-    path.write_text(text)
+    path.write_text(text, errors="backslashreplace")  # a lone surrogate as JSON writes it
     return path
 
 
@@ -65,9 +68,6 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
             writer.writeheader()
             writer.writerows(rows)
     else:
-        import pyarrow
-        from pyarrow import parquet
-
         path = tmp_path / name
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert loaded(path).rows == rows
@@ -92,7 +92,7 @@ def test_a_split_that_does_not_exist(tmp_path: Path) -> None:
 BAD = {
     "null": {**ROW, "Response": None}, "number": {**ROW, "Response": 3}, "list": {**ROW, "Response": ["a"]},
     "empty": {**ROW, "Response": ""}, "only white space": {**ROW, "Response": " \n\t\u3000"},
-    "no column Response": {"Question": "a", "Complex_CoT": "b"}, "not an object": ["a"],
+    "no column Response": {"Question": "a", "Complex_CoT": "b"}, "not an object": ["a"], r"column Question has half a character, \\ud800": {**ROW, "Question": "a\ud800b"},
 }  # fmt: skip
 
 
@@ -103,6 +103,60 @@ def test_a_malformed_row_is_named_or_dropped(tmp_path: Path, why: str) -> None:
         loaded(path)
     kept = loaded(path, DROP_BAD_ROWS=1)
     assert (kept.seen, kept.dropped, len(kept.rows)) == (3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"), [(None, "null"), (1, "a number"), ("messages", "text"), (["messages"], "a list")]
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_first_row_that_is_no_object_is_a_malformed_row(tmp_path: Path, name: str, row: Any, kind: str) -> None:
+    for whole in (ROW, {"messages": CHAT}):
+        path = rows_file(tmp_path, [row, whole], name)
+        with pytest.raises(SettingsError, match=rf"row 1.*: is {kind}, not an object[\s\S]*1 of 2 rows"):
+            loaded(path)
+        kept = loaded(path, DROP_BAD_ROWS=1)
+        assert kept.rows == [whole] and kept.dropped == 1 and kept.messages == ("messages" in whole)
+    with pytest.raises(SettingsError, match=rf"all 2 rows are malformed; .* row 1.*: is {kind}, not an object"):
+        loaded(rows_file(tmp_path, [row, row], name), DROP_BAD_ROWS=1)
+
+
+def parquet_file(folder: Path, names: list[str], *columns: Any) -> Path:
+    path = folder / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(column) for column in columns], names), path)
+    return path
+
+
+FAR = pyarrow.array([2**62], pyarrow.timestamp("us"))  # a time that Python's datetime cannot hold
+
+
+def test_a_column_that_is_not_needed_may_hold_anything(tmp_path: Path) -> None:
+    columns = [[text] for text in ROW.values()]
+    assert loaded(parquet_file(tmp_path, [*ROW, "seen"], *columns, FAR)).rows == [ROW]
+    assert loaded(parquet_file(tmp_path, ["seen", "messages"], FAR, [CHAT])).rows == [{"messages": CHAT}]
+    with pytest.raises(
+        SettingsError, match=r"row 1: has no column Response; its columns are seen, Question, Complex_CoT$"
+    ):
+        loaded(parquet_file(tmp_path, ["seen", "Question", "Complex_CoT"], FAR, *columns[:2]), DROP_BAD_ROWS=1)
+    with pytest.raises(
+        SettingsError, match=r"rows\.parquet: one of Question, .* cannot be read \(.*\); save it as text"
+    ):
+        loaded(parquet_file(tmp_path, list(ROW), FAR, *columns[1:]))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str) -> None:
+    names = [*ROW, "Question"]
+    path = parquet_file(tmp_path, names, *[["a"]] * 4)
+    if name.endswith("csv"):
+        path = tmp_path / name
+        path.write_text(",".join(names) + "\na,a,a,a\n")
+    with pytest.raises(SettingsError, match=rf"{name}: has more than one column Question; .* for example Question_2"):
+        loaded(path)
+
+
+def test_columns_without_a_name_may_be_many(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(",".join(ROW) + ",,\n" + ",".join(ROW.values()) + ",,\n")
+    assert loaded(tmp_path / "rows.csv").rows == [ROW]
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
@@ -116,6 +170,7 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         ("rows.jsonl", b'{"Question": "a"\n', "line 1: not JSON"), ("rows.json", b"{}", "holds no list"),
         ("rows.json", b'{"a": 1}\n{"a": 2}\n', "named .jsonl"), ("rows.jsonl", b"\xff\xfe", "UTF-8"), ("rows.jsonl", b"", "holds no rows"),
         ("rows.csv", b'a,b\n1,"2', "not CSV"), ("rows.csv", b"a,b\n1,2,3\n", "more fields"), ("rows.parquet", b"PAR1", "Parquet"),
+        ("rows.jsonl", b"{}\n" + b"[" * 200_000, "line 2: nested too deeply"), ("rows.json", b"[" * 200_000, r"rows\.json: nested too deeply"),
     ],
 )  # fmt: skip
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, why: str) -> None:
@@ -222,8 +277,16 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, words: Any) -> No
 
 @pytest.mark.parametrize(
     ("messages", "why"),
-    [([], "no list"), ("hello", "no list"), ([{"role": "user", "content": "a"}], "does not end with the assistant"), ([{"content": "a"}], "message 1 has no role"), ([{"role": "user", "content": None}], "content of message 1 is null")],
+    [([], "no list"), ("hello", "no list"), ([{"role": "user", "content": "a"}], "does not end with the assistant"), ([{"content": "a"}], "message 1 has no role"), ([{"role": "user", "content": None}], "content of message 1 is null"),
+     ([{"role": "user", "content": "\ud800"}], "content of message 1 has half a character"), ([{**CHAT[-1], "name": "\ud800"}], "message 1 has half a character")],
 )  # fmt: skip
 def test_malformed_messages(tmp_path: Path, messages: Any, why: str) -> None:
     with pytest.raises(SettingsError, match=rf"row 1.*{why}"):
         loaded(rows_file(tmp_path, [{"messages": messages}]))
+    assert loaded(rows_file(tmp_path, [{"messages": messages}, {"messages": CHAT}]), DROP_BAD_ROWS=1).dropped == 1
+
+
+def test_what_stands_in_a_message_can_be_written_as_json(tmp_path: Path) -> None:
+    chat = [{**CHAT[-1], "at": datetime.date(2024, 1, 1)}]
+    with pytest.raises(SettingsError, match=r"row 1: message 1 cannot be written as JSON \(.*date"):
+        loaded(parquet_file(tmp_path, ["messages"], [chat]))
