@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
@@ -23,12 +25,29 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
     if verb not in command.VERBS:
         return execute(argv, environ)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letters is no reason to stop
     try:
         run(command.parse(argv), environ)
+        return 0
     except Refusal as refusal:
-        print(*(f"error: {problem}" for problem in refusal.problems), sep="\n", file=sys.stderr)
-        return refusal.code
-    return 0
+        code, problems = refusal.code, refusal.problems
+    except KeyboardInterrupt:
+        code, problems = 128 + signal.SIGINT, ["interrupted"]
+    except BrokenPipeError:  # the reader of our lines is gone (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it ends
+        code, problems = 128 + signal.SIGPIPE, ["whatever read the output has closed it, and the run has ended with it"]
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        code, problems = (
+            3,
+            [f"the disk is full{where}; make room, and the same command goes on from the last checkpoint"],
+        )
+    print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
+    return code
 
 
 def run(asked: command.Command, environ: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from finetune import preflight
+from finetune.errors import SettingsError
 from finetune.settings import Settings, declarations
 
 # nothing phones home (unsloth #3680 hung behind firewalls on its start-up call), and no window is opened for a plot
@@ -44,12 +45,24 @@ CACHES = {
 
 
 def dotenv(path: Path) -> dict[str, str]:
-    """The variables of a .env file; {} where there is none."""
+    """The variables of a .env file; {} where there is none. Raises SettingsError that names each line with no meaning."""
     if not path.is_file():
         return {}
-    from dotenv import dotenv_values
+    from dotenv.parser import parse_stream
 
-    return {name: value for name, value in dotenv_values(path, interpolate=False).items() if value}
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            bindings = list(parse_stream(stream))
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
+    # python-dotenv would leave a line that it cannot parse out, and the run would take the default
+    if odd := [str(binding.original.line) for binding in bindings if binding.error or "\0" in binding.original.string]:
+        raise SettingsError(
+            f"{path}: not understood in line {', '.join(odd)}; each line is NAME=value, for example MAX_STEPS=60"
+        )
+    return {binding.key: binding.value for binding in bindings if binding.key and binding.value}
 
 
 def layers(file: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -85,7 +87,7 @@ class Settings:
 
     # LoRA
     lora_r: int = setting(16, "Rank of the adapter.", low=1, high=1024)
-    lora_alpha: int = setting(16, "Scale of the adapter: alpha / r.", low=1)
+    lora_alpha: int = setting(16, "Scale of the adapter: alpha / r.", low=1, high=100_000)
     lora_dropout: float = setting(0.0, "Dropout before the adapter.", low=0, high=0.9)
     lora_bias: Literal["none", "all", "lora_only"] = setting("none", "Which biases are trained.")
     target_modules: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "Linear layers that get an adapter; all-linear takes every one but the head.")  # fmt: skip
@@ -93,8 +95,8 @@ class Settings:
     gradient_checkpointing: Literal["unsloth", "true", "false"] = setting("unsloth", "Recompute activations to save memory (unsloth: with that engine's offloading). On a GPU, what is left unset is planned for the memory that is there.")  # fmt: skip
 
     # Training
-    per_device_train_batch_size: int = setting(2, "Rows in one forward pass. On a GPU, where neither this nor the next is set, their product is kept and the fewest passes that fit are planned.", low=1)  # fmt: skip
-    gradient_accumulation_steps: int = setting(4, "Forward passes in one update.", low=1)
+    per_device_train_batch_size: int = setting(2, "Rows in one forward pass. On a GPU, where neither this nor the next is set, their product is kept and the fewest passes that fit are planned.", low=1, high=100_000)  # fmt: skip
+    gradient_accumulation_steps: int = setting(4, "Forward passes in one update.", low=1, high=100_000)
     max_memory: float | None = setting(None, "GiB of GPU memory to plan with and to keep within; unset: all that is free.", low=1, example="12")  # fmt: skip
     warmup_steps: int = setting(5, "Updates until the learning rate is reached.", low=0)
     max_steps: int = setting(60, "Updates to make; -1: NUM_TRAIN_EPOCHS decides. Wins over it where both are set.", low=1, also=(-1,), unless=("num_train_epochs", -1))  # fmt: skip
@@ -161,6 +163,7 @@ class Settings:
             if other in changed and declared.field not in given:
                 values[declared.field] = value
         settings = cls(**values, given=given)
+        settings = settings.replaced(output_dir=os.path.expanduser(settings.output_dir))
         problems += _cross_checks(settings)
         if problems:
             raise SettingsError(*problems)
@@ -225,7 +228,7 @@ class Declaration:
         if self.kind in (int, float):
             noun = "a whole number" if self.kind is int else "a number"
             if self.low is not None and self.high is not None:
-                noun += f" from {self.low:g} to {self.high:g}"
+                noun += f" from {self.low:.10g} to {self.high:.10g}"
             elif self.low is not None:
                 noun += f" of at least {self.low:g}"
             return " or ".join([noun, *(f"{value:g}" for value in self.also)])
@@ -237,6 +240,8 @@ class Declaration:
     def read(self, environ: Mapping[str, str], command_line: Mapping[str, str]) -> Any:
         """The value the user gave, or None. Raises ValueError with the whole sentence for the user."""
         raw = _unquote(environ.get(self.name, ""))
+        if any("\ud800" <= letter <= "\udfff" for letter in raw):  # how Python keeps bytes that are no UTF-8
+            raise ValueError(f"{self.name}={ascii(raw)[1:-1]}: not UTF-8; set it where UTF-8 is written")
         if not self.secret:
             return self.parse(raw) if raw else None
         if self.name in command_line:
@@ -249,7 +254,7 @@ class Declaration:
             raise ValueError(f"{self.name} and {self.name}_FILE are both set: keep one")
         if file:
             try:
-                raw = Path(file).read_text().strip()
+                raw = Path(file).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 reason = getattr(error, "strerror", None) or "not a text file"
                 raise ValueError(
@@ -269,7 +274,7 @@ class Declaration:
             if kind is bool:
                 return _BOOLEANS[value.lower()]
             if kind is int:
-                return self._in_range(int(value), raw) if re.fullmatch(r"[+-]?[0-9]+", value) else self._bad(value)
+                return self._in_range(int(value), raw) if re.fullmatch(r"[+-]?[0-9]{1,18}", value) else self._bad(value)
             if kind is float:
                 return self._in_range(float(value), raw) if re.fullmatch(_FLOAT, value) else self._bad(value)
             if typing.get_origin(kind) is Literal:
@@ -285,7 +290,11 @@ class Declaration:
         return raw
 
     def _in_range(self, value: float, raw: str) -> Any:
-        inside = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        inside = (
+            math.isfinite(value)
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+        )
         return value if inside or value in self.also else self._bad(raw)
 
     def _bad(self, raw: str) -> Any:

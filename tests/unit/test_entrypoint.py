@@ -92,6 +92,33 @@ def test_a_template_with_too_few_places_is_refused_before_a_model_is_looked_for(
     assert answer.returncode == 2 and "has 1 places {} for 3 columns" in answer.stderr
 
 
+def test_values_that_are_no_utf_8_or_no_numbers_are_refused_at_the_start() -> None:
+    wrong = dict(RUN_NAME="\udcd6\udcd0", HEALTH_TIMEOUT="1e999", LORA_ALPHA="9" * 5000, SEED="5000000000")
+    answer = call("check", *(f"{name}={value}" for name, value in wrong.items()))
+    assert answer.returncode == 2 and "from 0 to 4294967295" in answer.stderr
+    assert all(f"error: {name}=" in answer.stderr for name in wrong) and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"RUN_NAME=\xd6\xd0\n", "not UTF-8 at byte 9"), (b'MAX_STEPS: 3\nSEED=1\nRUN_NAME="a\n', "in line 1, 3"), (b"RUN_NAME=a\0b\n", "in line 1;")],
+)  # fmt: skip
+def test_a_line_of_the_env_file_that_means_nothing_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / ".env").write_bytes(content)
+    answer = call("check", cwd=tmp_path)
+    assert answer.returncode == 2 and words in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_reader_that_leaves_and_a_terminal_without_such_letters_are_no_crash() -> None:
+    command = f"{sys.executable} {ROOT}/entrypoint.py env"
+    left = subprocess.run(
+        ["bash", "-c", f"{command} | sleep 0.01; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=60
+    )
+    assert left.returncode in (0, 141) and "Traceback" not in left.stderr
+    plain = call("env", PYTHONIOENCODING="ascii")
+    assert plain.returncode == 0 and "\\u" in plain.stdout
+
+
 def test_words_that_are_no_settings() -> None:
     assert call("train", "steps", "3").returncode == 2
     assert "did you mean MAX_STEPS" in call("--max-steps=3").stderr

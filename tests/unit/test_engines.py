@@ -1,0 +1,84 @@
+"""What is refused while a model is loaded: files that are not those of the model, and rows that do not fit it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import tiny
+from finetune import engines, hub, preflight
+from finetune.engines import transformers as engine
+from finetune.errors import PreflightError, SettingsError
+from finetune.settings import Settings
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Callable[..., hub.Source]:
+    """A model with tensors left out and values of its config changed."""
+
+    def make(without: str = "", **config: Any) -> hub.Source:
+        folder = tiny.model(tmp_path / "broken")
+        kept = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name != without}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in (values | config).items() if v is not None}))
+        return hub.Source(str(folder), None, folder)
+
+    return make
+
+
+@pytest.mark.parametrize("four_bits", ["0", "1"])
+def test_a_missing_tensor_is_named_and_not_drawn_at_random(broken: Callable[..., hub.Source], four_bits: str) -> None:
+    with pytest.raises(SettingsError, match=r"model\.embed_tokens\.weight is missing"):
+        engine.load(Settings.from_env({"LOAD_IN_4BIT": four_bits}), broken("model.embed_tokens.weight"))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (dict(num_hidden_layers=4, layer_types=None), r"model\.layers\.2\..* is missing.* more"),
+        (dict(intermediate_size=256), r"gate_proj\.weight has shape \[128, 64\], not \[256, 64\]"),
+        (dict(hidden_size="64"), "cannot be loaded as a causal language model"),
+        (dict(model_type="t5"), "cannot be loaded as a causal language model"),
+    ],
+)
+def test_a_config_of_another_model_is_named(
+    broken: Callable[..., hub.Source], config: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SettingsError, match=words) as refused:
+        engine.load(Settings.from_env({"LOAD_IN_4BIT": "0"}), broken(**config))
+    assert len(str(refused.value)) < 1500
+
+
+def test_tied_weights_are_not_missed(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "tied", "qwen2", tie_word_embeddings=True)
+    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0"}), hub.Source(str(folder), None, folder))
+
+
+def test_a_file_that_ends_early_is_found_before_anything_is_loaded(broken: Callable[..., hub.Source]) -> None:
+    source = broken()
+    file = source.folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(PreflightError, match="not a whole safetensors file"):
+        preflight.parameters(source.name)
+
+
+def test_rows_that_a_model_has_no_embedding_for_are_refused(tmp_path: Path, llama: Path) -> None:
+    folder = tiny.model(tmp_path / "gpt2", "gpt2")
+    settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
+    gpt2, other = (engine.load(settings, hub.Source(str(place), None, place)) for place in (folder, llama))
+    fits: Any = SimpleNamespace(longest=1024, largest=900)
+    engines.check_fits(gpt2, settings, fits)
+    with pytest.raises(
+        SettingsError, match=r"MAX_SEQ_LENGTH=2048: a row has 1025 tokens.*for example MAX_SEQ_LENGTH=1024"
+    ):
+        engines.check_fits(gpt2, settings, SimpleNamespace(longest=1025, largest=900))  # type: ignore[arg-type]
+    engines.check_fits(other, settings, SimpleNamespace(longest=10**6, largest=900))  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="makes token 1000, and the model has 1000"):
+        engines.check_fits(other, settings, SimpleNamespace(longest=8, largest=1000))  # type: ignore[arg-type]
