@@ -21,7 +21,7 @@ from pathlib import Path
 def verdict(environ: Mapping[str, str], now: float) -> tuple[int, str]:
     """(exit code, one line for `docker inspect`)."""
     try:
-        beat = json.loads((Path(environ["FINETUNE_STATE_DIR"]) / "heartbeat.json").read_text())
+        beat = json.loads((Path(environ["FINETUNE_STATE_DIR"]) / "heartbeat.json").read_bytes())
     except (KeyError, FileNotFoundError):
         return 0, "no run here yet"
     age = now - beat["time"]

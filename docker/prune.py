@@ -50,7 +50,7 @@ def targets(site: Path, action: str, pattern: str) -> list[Path]:
     if action != "drop":
         return [file for path in sorted(site.glob(pattern)) for file in files_of(path)]
     record = metadata_folder(site, pattern) / "RECORD"
-    return [path for row in csv.reader(record.open()) if (path := site / row[0]).exists()]
+    return [path for row in csv.reader(record.open(encoding="utf-8")) if (path := site / row[0]).exists()]
 
 
 def rewrite_records(site: Path) -> None:
@@ -58,7 +58,7 @@ def rewrite_records(site: Path) -> None:
     for record in sorted(site.glob("*.dist-info/RECORD")):
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        for name, digest, size in csv.reader(record.open()):
+        for name, digest, size in csv.reader(record.open(encoding="utf-8")):
             path = site / name
             if not path.exists():
                 continue
@@ -67,11 +67,11 @@ def rewrite_records(site: Path) -> None:
                 digest = "sha256=" + base64.urlsafe_b64encode(sha).rstrip(b"=").decode()
                 size = str(path.stat().st_size)
             writer.writerow([name, digest, size])
-        record.write_text(out.getvalue())
+        record.write_text(out.getvalue(), encoding="utf-8")
 
 
 def main(site: Path, listing: Path) -> None:
-    version = re.search(r"cuda: .*= '(\d+)\.(\d+)'", (site / "torch/version.py").read_text())
+    version = re.search(r"cuda: .*= '(\d+)\.(\d+)'", (site / "torch/version.py").read_text(encoding="utf-8"))
     if version is None:
         sys.exit("torch/version.py names no CUDA version")
     rules = read_list(listing, "".join(version.groups()))

@@ -18,7 +18,7 @@ def newest(folder: Path) -> Path | None:
     """The newest checkpoint whose files have the sha256 they were written with; a damaged one is named and passed over."""
     for path in reversed(folders(folder)):
         try:
-            expected = json.loads((path / "sha256.json").read_text())
+            expected = json.loads((path / "sha256.json").read_bytes())
         except (OSError, ValueError):
             print(f"{path}: has no readable list of hashes; the checkpoint before it is used", flush=True)
             continue
@@ -32,5 +32,5 @@ def newest(folder: Path) -> Path | None:
 
 def is_last(checkpoint: Path) -> bool:
     """Whether all updates of the run are in the checkpoint."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state = json.loads((checkpoint / "trainer_state.json").read_bytes())
     return bool(state["global_step"] >= state["max_steps"])

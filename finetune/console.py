@@ -37,7 +37,8 @@ def beat(phase: str) -> None:
         return
     partial = _state / "heartbeat.json.partial"
     try:
-        partial.write_text(json.dumps(dict(phase=phase, pid=os.getpid(), time=time.time(), timeout=_timeout)))
+        now = dict(phase=phase, pid=os.getpid(), time=time.time(), timeout=_timeout)
+        partial.write_text(json.dumps(now), encoding="utf-8")
         os.replace(partial, _state / "heartbeat.json")
     except OSError:
         pass  # as above

@@ -57,7 +57,7 @@ def save_adapter(model: PeftModel, source: Source, output: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, save_embedding_layers=False)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end
-    config = json.loads((partial / "adapter_config.json").read_text())
+    config = json.loads((partial / "adapter_config.json").read_bytes())
     # of a folder only its own name: the adapter's bytes must not depend on where the base stood
     name = source.name if source.commit else Path(source.name).absolute().name
     config.update(base_model_name_or_path=name, revision=source.commit, inference_mode=True)
@@ -212,7 +212,7 @@ def compare(source: Source, output: Path) -> tuple[int, int, int]:
     paths = [folder / name for name in _shard_names(len(base.shards))]
     if weight_files(folder) != [path.name for path in paths]:
         raise SettingsError(f"{folder}: has {', '.join(weight_files(folder))}; a merge of this base has {', '.join(path.name for path in paths)}")  # fmt: skip
-    if len(paths) > 1 and json.loads((folder / INDEX).read_text()) != _index(paths):
+    if len(paths) > 1 and json.loads((folder / INDEX).read_bytes()) != _index(paths):
         problems.append(f"{folder / INDEX}: does not say what is in the shards")
     for shard, path in zip(base.shards, paths, strict=True):
         try:
@@ -239,7 +239,7 @@ def structure(output: Path) -> str:
         problems += [f"{output / 'adapter'}: {name} holds values that are not finite" for name in whole]
     if merged:
         said.append(f"the {len(merged.shapes)} merged tensors are complete and finite")
-        if len(merged.shards) > 1 and json.loads((output / "merged" / INDEX).read_text()) != _index([shard.path for shard in merged.shards]):  # fmt: skip
+        if len(merged.shards) > 1 and json.loads((output / "merged" / INDEX).read_bytes()) != _index([shard.path for shard in merged.shards]):  # fmt: skip
             problems.append(f"{output / 'merged' / INDEX}: does not say what is in the shards")
         for shard in merged.shards:
             for name in shard.names:
@@ -300,7 +300,7 @@ def _data_bytes(path: Path) -> int:
 
 def _write_configs(source: Source, base: Base, folder: Path) -> None:
     """config.json with the type of the weights, generation_config.json and the tokenizer, all the base's own."""
-    config = json.loads((source.folder / "config.json").read_text())
+    config = json.loads((source.folder / "config.json").read_bytes())
     kind = "float16" if config.get("dtype", config.get("torch_dtype")) == "float16" else "bfloat16"
     config.pop("torch_dtype", None)
     config["dtype"] = kind

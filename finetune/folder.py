@@ -98,7 +98,7 @@ def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None
 def finished(output: Path) -> dict[str, Any]:
     """The record of the complete run in `output`. Raises SettingsError where there is none."""
     try:
-        record: dict[str, Any] = json.loads((output / "run.json").read_text())
+        record: dict[str, Any] = json.loads((output / "run.json").read_bytes())
         if not isinstance(record, dict):
             raise ValueError("it is not a JSON object")
     except FileNotFoundError:

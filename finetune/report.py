@@ -118,7 +118,7 @@ def environment(gpu: Gpu | None, environ: Mapping[str, str]) -> dict[str, Any]:
     import torch
 
     build = ROOT / "build.json"
-    made = json.loads(build.read_text()) if build.is_file() else {}
+    made = json.loads(build.read_bytes()) if build.is_file() else {}
     lock = ROOT / "docker" / "requirements.txt"
     return dict(
         program=__version__,
@@ -143,7 +143,7 @@ def environment(gpu: Gpu | None, environ: Mapping[str, str]) -> dict[str, Any]:
 def _cpu() -> str | None:
     """The CPU's kind. A virtual machine may hide the name; family and model tell the generation all the same."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
         return None
     said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

@@ -94,8 +94,8 @@ def fit(
         trainer.begin(folder, settings.save_total_limit, packed, recompute, may_recompute=planned)
         if resume is not None:
             print(f"going on from {resume}", flush=True)
-            trainer.metrics = json.loads((resume / "metrics.json").read_text())
-            followed = json.loads((resume / "plan.json").read_text())
+            trainer.metrics = json.loads((resume / "metrics.json").read_bytes())
+            followed = json.loads((resume / "plan.json").read_bytes())
         planner = planning.Planner(trainer, model, settings, tokens, engine, planning.memory(settings))
         began = time.perf_counter()
         trainer.plan = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()

@@ -77,7 +77,7 @@ class Base:
     """The 16-bit base on disk. Raises SettingsError where it is quantised, or has no weights that can be read."""
 
     def __init__(self, folder: Path):
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
         if "quantization_config" in config:
             raise SettingsError(
                 f"MODEL_NAME={folder}: is a quantised model ({config['quantization_config'].get('quant_method')}), to which a "
@@ -96,7 +96,7 @@ class Adapter:
         import torch
         from safetensors.torch import load_file
 
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((folder / "adapter_config.json").read_bytes())
         rank, alpha = config["r"], config["lora_alpha"]
         self.scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}

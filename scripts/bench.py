@@ -77,7 +77,7 @@ def run(name: str, steps: int, timeout: float, out: Path, work: Path) -> dict[st
         environ = dict(os.environ)
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
     began = time.time()
-    with open(out / f"{folder.name}.log", "w") as log:
+    with open(out / f"{folder.name}.log", "wb") as log:
         try:
             code = subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, env=environ
@@ -86,7 +86,7 @@ def run(name: str, steps: int, timeout: float, out: Path, work: Path) -> dict[st
             code = 124
     found: dict[str, Any] = dict(command=" ".join(command[1:]), exit=code, total_s=round(time.time() - began, 1))
     if code:
-        print("\n".join((out / f"{folder.name}.log").read_text().splitlines()[-15:]), flush=True)
+        print("\n".join(lines(out / f"{folder.name}.log")[-15:]), flush=True)
         return found
     found |= baseline(out / f"{folder.name}.log") if isinstance(case, list) else ours(folder)
     if (folder / "merged").is_dir():
@@ -104,9 +104,14 @@ def workload(work: Path, folder: Path, steps: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
+def lines(log: Path) -> list[str]:
+    """What a program printed, whose locale may have another encoding: what we look for is ASCII."""
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
 def baseline(log: Path) -> dict[str, Any]:
     """What benchmarks/tutorial.py printed."""
-    line = next(line for line in log.read_text().splitlines() if line.startswith("RESULT "))
+    line = next(line for line in lines(log) if line.startswith("RESULT "))
     result = json.loads(line.removeprefix("RESULT "))
     return dict(
         plan=f"{result['micro_batch']} x {result['accumulation']}", step_s=result["median_step_s"],
@@ -118,8 +123,8 @@ def baseline(log: Path) -> dict[str, Any]:
 
 def ours(folder: Path) -> dict[str, Any]:
     """What a run of this program recorded."""
-    record = json.loads((folder / "run.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
+    record = json.loads((folder / "run.json").read_bytes())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][SKIPPED:]
     plan, timings = record["training"]["plan"], record["timings"]
     return dict(
         engine=record["engine"], plan=f"{plan['micro_batch']} x {plan['accumulation']}", checkpointing=plan["checkpointing"],

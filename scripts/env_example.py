@@ -19,7 +19,7 @@ BEGIN, END = "<!-- settings: make env-example -->", "<!-- end of settings -->"
 def main() -> None:
     """Replace both files' generated parts."""
     files.write_text(ROOT / "env.example", reference())
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         sys.exit(f"README.md: needs one line {BEGIN} and one line {END}")
     generated = f"{BEGIN}\n{table()}{END}"

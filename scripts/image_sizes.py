@@ -114,18 +114,18 @@ def main(images: list[str]) -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     for image in images:
         figure = measure(image, os.environ.get("DOCKER", "docker"))
-        (FIGURES / f"cuda{figure['cuda']}.json").write_text(json.dumps(figure, indent=1) + "\n")
+        (FIGURES / f"cuda{figure['cuda']}.json").write_text(json.dumps(figure, indent=1) + "\n", encoding="utf-8")
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         sys.exit(f"README.md: needs a line {BEGIN} and after it a line {END}")
-    readme.write_text(f"{before}{BEGIN}\n{table(figures())}\n{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{table(figures())}\n{END}{after}", encoding="utf-8")
 
 
 def figures() -> list[dict[str, Any]]:
     """What is committed, the newest CUDA first."""
-    return [json.loads(file.read_text()) for file in sorted(FIGURES.glob("cuda*.json"), reverse=True)]
+    return [json.loads(file.read_bytes()) for file in sorted(FIGURES.glob("cuda*.json"), reverse=True)]
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def _licenses(metadata: Any) -> list[dict[str, Any]]:
 
 
 def debian_packages(root: Path) -> Iterator[dict[str, Any]]:
-    lines = (root / "etc/os-release").read_text().splitlines()
+    lines = (root / "etc/os-release").read_text(encoding="utf-8").splitlines()
     os_release = {key: value.strip('"') for key, _, value in (line.partition("=") for line in lines)}
     distro = f"{os_release['ID']}-{os_release['VERSION_ID']}"
     for paragraph in (root / "var/lib/dpkg/status").read_text(encoding="utf-8").split("\n\n"):
@@ -79,7 +79,7 @@ def bill_of_materials(site: Path, build: dict[str, Any], root: Path) -> dict[str
     """CycloneDX 1.6, https://cyclonedx.org/docs/1.6/json/."""
     components = sorted([*python_packages(site), *debian_packages(root)], key=lambda c: c["purl"])
     snapshot = root / "etc/apt/snapshot"
-    properties = {**build, "apt_snapshot": snapshot.read_text().strip() if snapshot.exists() else None}
+    properties = {**build, "apt_snapshot": snapshot.read_text(encoding="utf-8").strip() if snapshot.exists() else None}
     digest = hashlib.sha256(json.dumps([build, components]).encode()).hexdigest()
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -117,7 +117,7 @@ def main() -> None:
     if args.verb == "build":
         record = build_record(args.lock, args.version, args.revision, args.source, args.created)
     else:
-        record = bill_of_materials(args.site, json.loads(args.build.read_text()), args.root)
+        record = bill_of_materials(args.site, json.loads(args.build.read_bytes()), args.root)
     print(json.dumps(record, indent=1))
 
 

