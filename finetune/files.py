@@ -61,8 +61,8 @@ def sha256(path: Path) -> str:
 
 
 def below(folder: Path) -> list[str]:
-    """Relative names of all files below `folder`, sorted."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Relative names of all that lies below `folder` and is no folder itself, sorted. A link counts, wherever it leads."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def digests(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:

@@ -91,6 +91,13 @@ def test_each_damaged_missing_or_added_file_is_named_at_once(run: Path) -> None:
     assert f"{second}: has {second.stat().st_size:,} bytes, the run wrote" in answer.stderr
 
 
+def test_added_links_are_named_wherever_they_lead(run: Path, tmp_path: Path) -> None:
+    (run / "adapter" / "more").symlink_to(tmp_path)
+    (run / "merged" / "gone.safetensors").symlink_to(tmp_path / "nothing")
+    problem = refused(run)
+    assert "adapter/more: is not of this run" in problem and "merged/gone.safetensors: is not of this run" in problem
+
+
 def test_a_tensor_that_is_not_base_plus_adapter_is_named_though_its_hash_fits(run: Path) -> None:
     names = []
     for path in shards(run)[:2]:
