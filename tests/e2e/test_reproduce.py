@@ -98,13 +98,18 @@ def test_other_rows_another_model_or_another_template_are_refused_before_trainin
     weights = load_file(shard)
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, shard, metadata={"format": "pt"})
-    template.write_text(TEMPLATE + ".")
-    others = {"MODEL_NAME": model, "DATASET_NAME": rows, "PROMPT_TEMPLATE": template}
-    answer = call("reproduce", str(recorded["run"]), *words(others), f"OUTPUT_DIR={tmp_path / 'out'}")
+    template.write_text("." + TEMPLATE)  # in front: the rows are cut off at their ends
+    others = {"MODEL_NAME": model, "DATASET_NAME": rows, "PROMPT_TEMPLATE": template, "OUTPUT_DIR": tmp_path / "out"}
+    answer = call("reproduce", str(recorded["run"]), *words(others))
     assert answer.returncode == 2 and "step 1/6" not in answer.stdout, answer.stdout
     assert f"error: MODEL_NAME={model}: {shard.name} is not that of the recorded run" in answer.stderr
     assert f"error: DATASET_NAME={rows}: these are not the rows" in answer.stderr
-    assert answer.stderr.count("error: ") == 3 and "PROMPT_TEMPLATE" in answer.stderr
+    assert answer.stderr.count("error: ") == 2, answer.stderr
+    others |= recorded["moved"] | {"PROMPT_TEMPLATE": template}
+    answer = call("reproduce", str(recorded["run"]), *words(others))
+    assert answer.returncode == 2 and "step 1/6" not in answer.stdout, answer.stdout
+    assert answer.stderr.startswith("error: tokens: ") and answer.stderr.count("error: ") == 1, answer.stderr
+    assert "PROMPT_TEMPLATE" in answer.stderr
 
 
 def test_tolerance_is_for_kernels_that_round_in_another_way(llama: Path, tmp_path: Path) -> None:
