@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune import files
+from finetune import files, records
 from finetune.errors import PreflightError, SettingsError
 from finetune.report import below, versions
 from finetune.settings import Settings
@@ -96,18 +96,13 @@ def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None
 
 
 def finished(output: Path) -> dict[str, Any]:
-    """The record of the complete run in `output`. Raises SettingsError where there is none."""
+    """The record of the complete run in `output`. Raises SettingsError where there is none, or it is damaged."""
     try:
-        record: dict[str, Any] = json.loads((output / "run.json").read_bytes())
-        if not isinstance(record, dict):
-            raise ValueError("it is not a JSON object")
+        return records.read(output / "run.json")
     except FileNotFoundError:
         raise SettingsError(
             f"OUTPUT_DIR={output}: holds no finished run (no run.json); train first, or give the folder of a run"
         ) from None
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{output / 'run.json'}: cannot be read ({error})") from None
-    return record
 
 
 def verify(output: Path) -> dict[str, Any]:
@@ -116,9 +111,7 @@ def verify(output: Path) -> dict[str, Any]:
     Raises SettingsError that names each missing, changed or added file. Reads in small pieces; needs no GPU.
     """
     record = finished(output)
-    expected = record.get("files")
-    if not isinstance(expected, dict):
-        raise SettingsError(f"{output / 'run.json'}: has no list of files; take a copy as the run wrote it")
+    expected = record["files"]
     problems = [f"{output / name}: is missing" for name in expected if not (output / name).is_file()]
     there = {name: (output / name).stat().st_size for name in expected if (output / name).is_file()}
     for name, size in there.items():

@@ -7,61 +7,35 @@ count (caches, endpoint, GPU), except those that change numbers, which come from
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune import libraries
+from finetune import libraries, records
 from finetune.errors import NotReproduced, SettingsError
-from finetune.report import SCHEMA_VERSION
 from finetune.settings import Settings, declarations
 
 # about this run and not about the recorded one: where it goes, and that nothing is published or tracked
 OWN = {"OUTPUT_DIR", "OVERWRITE", "TOLERANCE", "PUSH_TO_HUB", "HUB_MODEL_ID", "HUB_MERGED_MODEL_ID", "REPORT_TO"}
 # where inputs stand; what they are is known by their hashes
 PLACES = {"MODEL_NAME", "MODEL_REVISION", "DATASET_NAME", "DATASET_REVISION", "PROMPT_TEMPLATE", "ENGINE"}
-# what is read below: section -> key -> type
-NEEDED: dict[str, dict[str, Any]] = {
-    "settings": {"MODEL_NAME": str, "DATASET_NAME": str}, "engine": {"name": str}, "training": {"losses": list},
-    "model": {"commit": (str, type(None)), "files": dict}, "environment": {"cpu_threads": int, "packages": dict, "variables": dict},
-    "dataset": {"commit": (str, type(None)), "sha256": str, "tokens_sha256": str}, "files": {},
-}  # fmt: skip
 
 
 def read(path: Path) -> tuple[Path, dict[str, Any]]:
     """The run.json at `path`, or in the folder `path`. Raises SettingsError with all that keeps it from being reproduced."""
     path = path / "run.json" if path.is_dir() else path
     try:
-        record = json.loads(path.read_bytes())
+        record = records.read(path)
     except FileNotFoundError:
         raise SettingsError(
             f"{path}: there is no such file; give the record of a finished run, for example: reproduce outputs/run.json"
         ) from None
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path}: cannot be read as JSON ({error}); take a copy that is whole") from None
-    if not isinstance(record, dict) or "schema_version" not in record:
+    if not weights(record):
         raise SettingsError(
-            f"{path}: is not the record of a run (no schema_version); a run writes it as OUTPUT_DIR/run.json"
+            f"{path}: files holds no weights (adapter/ or merged/), so there is nothing to compare with"
         )
-    if (version := record["schema_version"]) != SCHEMA_VERSION:
-        made = record.get("environment") or {}
-        raise SettingsError(
-            f"{path}: has schema_version {version}, and this program reads {SCHEMA_VERSION}. Use the program that wrote it "
-            f"(version {made.get('program')}, revision {made.get('revision')}), or record the run again with this one."
-        )
-    problems = []
-    for section, keys in NEEDED.items():
-        if not isinstance(record.get(section), dict):
-            problems.append(f"{path}: {section} is missing, or not an object")
-            continue
-        problems += [f"{path}: {section}.{key} is missing, or of another type" for key, kind in keys.items() if not isinstance(record[section].get(key), kind)]  # fmt: skip
-    if not problems and not weights(record):
-        problems.append(f"{path}: files holds no weights (adapter/ or merged/), so there is nothing to compare with")
-    if not problems and not record["training"]["losses"]:
-        problems.append(f"{path}: training.losses is empty")
-    if problems:
-        raise SettingsError(*problems, f"{path}: is not a whole record; take a copy as a run wrote it")
+    if not record["training"]["losses"]:
+        raise SettingsError(f"{path}: training.losses is empty; take a copy as a run wrote it")
     return path, record
 
 

@@ -81,7 +81,7 @@ def fit(
         for name, p in model.named_parameters():
             if name in initial:
                 p.data = initial[name]  # trl turns a 4-bit model's adapter to bfloat16, where updates of 2e-4 are lost
-    followed = recorded["training"].get("plan") if recorded else None
+    followed = recorded["training"]["plan"] if recorded else None
     resume = checkpoints.newest(folder)
     with (
         _signals(trainer),

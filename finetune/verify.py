@@ -56,7 +56,7 @@ def at_hand(record: Mapping[str, Any], settings: Settings) -> tuple[Source | Non
         except SettingsError as error:
             reasons.append(str(error))
             continue
-        recorded = record["model"].get("files", found)
+        recorded = record["model"]["files"]
         if found == recorded:
             return source, ""
         differ = sorted(file for file in {*found, *recorded} if found.get(file) != recorded.get(file))

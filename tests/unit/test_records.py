@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import operator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from finetune import folder, reproduce
+from conftest import ROOT, schema_errors
+from finetune import folder, inputs, records, reproduce
 from finetune.errors import NotReproduced, SettingsError
 from finetune.settings import Settings
 
@@ -22,8 +26,8 @@ def record(**settings: Any) -> dict[str, Any]:
     values = Settings.from_env({"NUM_TRAIN_EPOCHS": "1.5", "DATASET_NAME": "org/rows", "PUSH_TO_HUB": "1", "HUB_MODEL_ID": "org/out", "HF_TOKEN": "x", "REPORT_TO": "wandb", "OVERWRITE": "1", "TARGET_MODULES": "q_proj,v_proj"}).record()  # fmt: skip
     return {
         "schema_version": 2, "settings": {**values, "SAMPLE_QUESTION": TEXT, **settings}, "engine": {"name": "transformers"},
-        "model": {"commit": "a" * 40, "files": {}}, "dataset": {"commit": None, "sha256": SHA, "tokens_sha256": SHA},
-        "training": {"losses": [2.0, 1.5, 1.25]},
+        "model": {"commit": "a" * 40, "files": {}}, "dataset": {"commit": None, "sha256": SHA, "tokens_sha256": SHA, "messages": False},
+        "training": {"losses": [2.0, 1.5, 1.25], "plan": {"micro_batch": 1, "accumulation": 1, "recomputed": 0, "layers": 2, "reason": "as set", "forecast_gib": None}},
         "environment": {"gpu": None, "cpu_threads": 3, "packages": {"torch": "2"}, "variables": {"MKL_CBWR": "AVX2"}},
         "files": {name: {"sha256": SHA, "bytes": 1} for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "run.md")},
     }  # fmt: skip
@@ -62,6 +66,8 @@ def test_the_folder_of_the_record_is_never_written_to(tmp_path: Path, given: str
     path = written(tmp_path, record())
     with pytest.raises(SettingsError, match="folder of the recorded run"):
         reproduce.restore(path, {}, {"OUTPUT_DIR": given.format(tmp_path, tmp_path.name), "OVERWRITE": "1"})
+    beside = reproduce.restore(path, {}, {"OUTPUT_DIR": f"{tmp_path}-2"})[1]["OUTPUT_DIR"]
+    assert beside == f"{tmp_path}-2"
 
 
 def test_nothing_is_pushed(tmp_path: Path) -> None:
@@ -75,9 +81,10 @@ def test_nothing_is_pushed(tmp_path: Path) -> None:
     [
         ("{", ["cannot be read as JSON"]), ("[]", ["no schema_version"]), ("{}", ["no schema_version"]),
         ({"schema_version": 1, "environment": {"program": "0.1.0", "revision": "abc"}}, ["schema_version 1", "revision abc"]),
+        ({"schema_version": 99, "environment": 5}, ["schema_version 99"]), ("[" * 100_000, ["cannot be read as JSON"]),
         ({"schema_version": 3}, ["schema_version 3, and this program reads 2"]),
-        ({**record(), "files": {"run.md": {"sha256": SHA}}}, ["holds no weights"]),
-        ({**record(), "model": {"commit": 1}, "training": []}, ["model.commit is missing", "model.files is missing", "training is missing"]),
+        ({**record(), "files": {"run.md": {"sha256": SHA, "bytes": 1}}}, ["holds no weights"]),
+        ({**record(), "model": {"commit": 1}, "training": []}, ["model.commit is 1; it takes a text", "model.files is missing", "training is a list; it takes an object"]),
     ],
 )  # fmt: skip
 def test_records_that_cannot_be_used(tmp_path: Path, content: Any, words: list[str]) -> None:
@@ -131,8 +138,64 @@ def test_a_missing_shard_is_a_difference(tmp_path: Path) -> None:
         reproduce.judge(tmp_path, record(), made, None)
 
 
-@pytest.mark.parametrize("content", ["[]", '"text"', "{", "7"])
-def test_a_run_json_that_is_no_record_is_named(content: str, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(content)
-    with pytest.raises(SettingsError, match=r"run\.json: cannot be read"):
+@pytest.mark.parametrize("content", ["[]", '"text"', "{", "7", "[" * 100_000, b"\xff\xfe{", '{"schema_version": 99}'])
+def test_a_run_json_that_is_no_record_is_named(content: str | bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(
+        SettingsError, match=r"run\.json: (cannot be read as JSON|is not the record|has schema_version 99)"
+    ):
         folder.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("settings", None), ("settings.MODEL_NAME", 5), ("settings.LOAD_IN_4BIT", "yes"), ("settings.PROMPT_COLUMNS", ["a", 5]),
+        ("settings.PROMPT_TEMPLATE", []), ("engine", "unsloth"), ("model", None), ("model.files", []),
+        ("model.files", {"config.json": 5}), ("model.commit", {}), ("dataset.messages", 0), ("training.plan", 5),
+        ("training.plan.micro_batch", 0), ("training.plan.accumulation", True), ("training.plan.layers", "30"),
+        ("training.plan.forecast_gib", "1"), ("training.losses", ["a"]), ("training.losses", [1.5, None]), ("training.losses", {}),
+        ("environment.cpu_threads", 0), ("environment.variables", {"SEED": 1}), ("files", []), ("files", {"a": None}),
+        ("files", {"a": {}}), ("files", {"a": {"sha256": SHA, "bytes": "1"}}), ("files", {"a": {"sha256": 1, "bytes": 1}}),
+    ],
+)  # fmt: skip
+def test_a_damaged_part_is_named_by_all_who_read_it_and_by_the_schema(part: str, value: Any, tmp_path: Path) -> None:
+    whole = json.loads((ROOT / "benchmarks" / "smoke-cpu" / "run.json").read_bytes())
+    *outer, last = part.split(".")
+    inside = functools.reduce(operator.getitem, outer, whole)
+
+    def check() -> None:
+        assert schema_errors(whole) or outer == ["settings"]  # of which finetune/settings.py says what they take
+        path = written(tmp_path, whole)
+        for reader in (folder.finished, folder.verify, lambda output: reproduce.restore(output, {}, {})):
+            with pytest.raises(SettingsError) as caught:
+                reader(tmp_path)
+            assert str(caught.value).startswith(f"{path}: {part}") and "it takes " in str(caught.value)
+            assert caught.value.problems[-1].startswith(f"{path}: is not a whole record")
+
+    inside[last] = value
+    check()
+    del inside[last]
+    check()
+
+
+def test_recorded_runs_are_read() -> None:
+    for path in (ROOT / "benchmarks" / "smoke-cpu" / "run.json", ROOT / "benchmarks" / "h100" / "whole-run.json"):
+        assert not schema_errors(records.read(path))
+
+
+def test_tokens_are_only_spoken_of_where_rows_and_model_are_the_recorded_ones() -> None:
+    wanted = {
+        "model": {"commit": None, "files": {"config.json": SHA}},
+        "dataset": {"sha256": SHA, "tokens_sha256": SHA},
+    }
+
+    def refused(model: str, tokens: str) -> str:
+        source = SimpleNamespace(name="base", commit=None, digests={"config.json": model})
+        parts: list[Any] = [source, SimpleNamespace(name="rows.jsonl", sha256=SHA), SimpleNamespace(sha256=tokens)]
+        with pytest.raises(SettingsError) as caught:
+            inputs.check(*parts, wanted)
+        return str(caught.value)
+
+    assert "MODEL_NAME=base" in refused("0", "0") and "tokens" not in refused("0", "0")
+    assert refused(SHA, "0").startswith("tokens: ")
