@@ -67,10 +67,12 @@ def restore(path: Path, layered: Mapping[str, str], line: Mapping[str, str]) -> 
     beside = original.with_name(f"{original.name}-reproduced") if path.name == "run.json" else original / f"{path.stem}-reproduced"  # fmt: skip
     settings["OUTPUT_DIR"] = str(beside)
     restored = {**settings, **line}
-    if Path(restored["OUTPUT_DIR"]).resolve() == original.resolve():
+    output, place = Path(restored["OUTPUT_DIR"]).resolve(), original.resolve()
+    # a record under another name lies in a folder of records, and not in that of its run
+    if output == place or (path.name == "run.json" and output.is_relative_to(place)):
         raise SettingsError(
-            f"OUTPUT_DIR={restored['OUTPUT_DIR']}: is the folder of the recorded run, which stays as it is; give another one, "
-            f"for example OUTPUT_DIR={beside}"
+            f"OUTPUT_DIR={restored['OUTPUT_DIR']}: is the folder of the recorded run or lies in it, and that stays as it is; give "
+            f"another one, for example OUTPUT_DIR={beside}"
         )
     return kept, restored
 

@@ -52,8 +52,8 @@ def test_the_smoke_run_is_reproduced_from_its_record(recorded: Path, tmp_path: P
 def test_with_a_changed_seed_the_first_differing_step_is_said(recorded: Path, tmp_path: Path) -> None:
     record = json.loads(recorded.read_text())
     record["settings"]["SEED"] += 1
-    (tmp_path / "run.json").write_text(json.dumps(record))
-    answer = reproduce(tmp_path / "run.json", tmp_path / "out", SAVE_MERGED=0)
+    (tmp_path / "seed.json").write_text(json.dumps(record))
+    answer = reproduce(tmp_path / "seed.json", tmp_path / "out", SAVE_MERGED=0)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr
     made = json.loads((tmp_path / "out" / "run.json").read_text())
     losses = zip(record["training"]["losses"], made["training"]["losses"], strict=True)

@@ -61,7 +61,7 @@ def test_a_record_under_another_name_has_a_folder_of_its_own(tmp_path: Path) -> 
     assert reproduce.restore(path, {}, {})[1]["OUTPUT_DIR"] == str(tmp_path / "smoke-reproduced")
 
 
-@pytest.mark.parametrize("given", ["{}", "{}/../{}"])
+@pytest.mark.parametrize("given", ["{}", "{}/../{}", "{}/sub", "{}/adapter/../new/sub"])
 def test_the_folder_of_the_record_is_never_written_to(tmp_path: Path, given: str) -> None:
     path = written(tmp_path, record())
     with pytest.raises(SettingsError, match="folder of the recorded run"):
