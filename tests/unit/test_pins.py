@@ -22,7 +22,6 @@ SHA = "0123456789" * 4
         ("MODEL_REVISION\n", "MODEL_REVISION={}\n"), ("# MODEL_REVISION=main\n", "# MODEL_REVISION=main\nMODEL_REVISION={}\n"),
         ("MODEL_REVISION=a\nA=1\nMODEL_REVISION=b\n", "MODEL_REVISION=a\nA=1\nMODEL_REVISION={}\n"),
         ("\n\n# ü\nA=1\r\nMODEL_REVISION='v1'\r\n", "\n\n# ü\nA=1\r\nMODEL_REVISION='{}'\r\n"),
-        ("not a setting!\nMODEL_REVISION=a\n", "not a setting!\nMODEL_REVISION={}\n"),
     ],
 )  # fmt: skip
 def test_one_value_changes(tmp_path: Path, before: str, after: str) -> None:
