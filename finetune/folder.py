@@ -28,9 +28,16 @@ def locked(output: Path) -> Iterator[None]:
     """
     fresh = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    handle = os.open(output, os.O_RDONLY)
+    held = [os.open(output, os.O_RDONLY)]
+
+    def let_go() -> None:
+        """A forked child may outlive this process (one that tokenizes, after SIGKILL) and must not keep the lock."""
+        for handle in held:
+            os.close(handle)
+
+    os.register_at_fork(after_in_child=let_go)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise PreflightError(
             f"OUTPUT_DIR={output}: another run is writing there. Wait until it has ended, or give another folder, for example "
@@ -41,7 +48,7 @@ def locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(handle)
+        os.close(held.pop())
         if fresh:
             with contextlib.suppress(OSError):  # there is something in it
                 output.rmdir()

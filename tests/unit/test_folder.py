@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,22 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with folder.locked(output):
         (output / "run.json").write_text("{}")
     assert (output / "run.json").is_file()
+
+
+def test_a_child_that_outlives_its_run_keeps_no_lock(tmp_path: Path) -> None:
+    begun, begins = os.pipe()
+    with folder.locked(tmp_path):
+        child = os.fork()
+        if not child:
+            os.write(begins, b"1")
+            signal.pause()
+        os.read(begun, 1)
+    try:
+        with folder.locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def settings(output: Path, **values: str) -> Settings:
