@@ -144,9 +144,13 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[tuple[str, Row]]]:
             raise SettingsError(f"DATASET_NAME={name}: cannot be read as a data set ({_line(error)})") from None
     if constants.is_offline_mode():
         commit = _taken_offline(found, settings.dataset_revision, name)
-    rows = found.select(_range(settings, len(found)))
+    names, which = found.column_names, _range(settings, len(found))
+    # others may hold pictures or what Python cannot; one stays where none is wanted, for without columns there are no rows
+    used = [column for column in names if column in _wanted(settings)] or names[:1]
+    rows = found.select(which).select_columns(used)
     return commit, [
-        (f"{name} {split} row {index + 1}", row) for index, row in zip(_range(settings, len(found)), rows, strict=True)
+        (f"{name} {split} row {index + 1}", {**dict.fromkeys(names), **row})
+        for index, row in zip(which, rows, strict=True)
     ]
 
 
@@ -183,9 +187,14 @@ def missing(settings: Settings) -> Iterator[str]:
         yield from error.problems
 
 
+def _wanted(settings: Settings) -> set[str]:
+    """Columns that rows may be made of."""
+    return {"messages", *settings.prompt_columns, *settings.completion_columns}
+
+
 def _file(path: Path, settings: Settings) -> Iterator[tuple[str, Row]]:
     """The rows of a local file, each with its place."""
-    parquet = functools.partial(_parquet, {"messages", *settings.prompt_columns, *settings.completion_columns})
+    parquet = functools.partial(_parquet, _wanted(settings))
     readers: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]]
     readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": parquet}
     try:

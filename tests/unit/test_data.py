@@ -290,3 +290,21 @@ def test_what_stands_in_a_message_can_be_written_as_json(tmp_path: Path) -> None
     chat = [{**CHAT[-1], "at": datetime.date(2024, 1, 1)}]
     with pytest.raises(SettingsError, match=r"row 1: message 1 cannot be written as JSON \(.*date"):
         loaded(parquet_file(tmp_path, ["messages"], [chat]))
+
+
+def test_columns_of_a_hub_data_set_that_nobody_asked_for_are_not_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+    import pyarrow
+
+    never = pyarrow.array([2**62], pyarrow.timestamp("s"))  # beyond Python's years
+    columns = {name: pyarrow.array([value]) for name, value in ROW.items()}
+    found = datasets.Dataset(pyarrow.table({**columns, "seen": never}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: found)
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: True)
+    read = data.load(settings(DATASET_NAME="owner/rows", DATASET_SPLIT="train"))
+    assert read.rows == [ROW]
+    with pytest.raises(SettingsError, match=r"no column No; its columns are .*seen"):
+        data.load(
+            settings(DATASET_NAME="owner/rows", DATASET_SPLIT="train", PROMPT_COLUMNS="No", COMPLETION_COLUMNS="Nor")
+        )
