@@ -41,11 +41,8 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        where = f" for {error.filename}" if error.filename else ""
-        code, problems = (
-            3,
-            [f"the disk is full{where}; make room, and the same command goes on from the last checkpoint"],
-        )
+        full = f"the disk is full{f' for {error.filename}' if error.filename else ''}"
+        code, problems = 3, [f"{full}; make room, and the same command goes on from the last checkpoint"]
     print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
     return code
 

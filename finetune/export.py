@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import files
 from finetune.errors import MergeError, PreflightError, SettingsError
 from finetune.hub import INDEX, TOKENIZER_FILES, Source, weight_files
-from finetune.preflight import safetensors_header
+from finetune.preflight import data_bytes, safetensors_header
 from finetune.weights import CODES, Adapter, Base, Shard
 
 if TYPE_CHECKING:
@@ -288,14 +288,10 @@ def _shard_names(count: int) -> list[str]:
 
 def _index(paths: list[Path]) -> dict[str, Any]:
     """The content of the index over these safetensors files."""
-    weights = {name: path.name for path in paths for name in safetensors_header(path)}
-    total = sum(_data_bytes(path) for path in paths)
+    headers = {path.name: safetensors_header(path) for path in paths}
+    weights = {name: file for file, header in headers.items() for name in header}
+    total = sum(data_bytes(header) for header in headers.values())
     return dict(metadata=dict(total_size=total), weight_map=dict(sorted(weights.items())))
-
-
-def _data_bytes(path: Path) -> int:
-    """Bytes of a safetensors file's tensors; they fill it from offset 0 without holes."""
-    return max((entry["data_offsets"][1] for entry in safetensors_header(path).values()), default=0)
 
 
 def _write_configs(source: Source, base: Base, folder: Path) -> None:

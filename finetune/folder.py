@@ -64,7 +64,7 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
     complete, place = (output / "run.json").is_file(), output / IDENTITY
     if place.is_file():
         try:
-            before = dict(json.loads(place.read_text(encoding="utf-8")))
+            before = dict(json.loads(place.read_bytes()))
         except (ValueError, TypeError) as error:
             raise SettingsError(
                 f"{place}: cannot be read ({error}); give another OUTPUT_DIR, or OVERWRITE=1 to replace the run in this one"

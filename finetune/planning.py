@@ -127,11 +127,14 @@ class Planner:
         return self._chosen(dataclasses.replace(cost, fixed=cost.fixed + on_host * movable, movable=movable))
 
     def _as_set(self, reason: str) -> plan.Plan:
-        layers = self.engine.layers(self.model)
         return plan.Plan(
             micro_batch=self.settings.per_device_train_batch_size, accumulation=self.settings.gradient_accumulation_steps,
-            recomputed=layers if self.settings.gradient_checkpointing != "false" else 0, layers=layers, reason=reason,
+            recomputed=self._recomputed(), layers=self.engine.layers(self.model), reason=reason,
         )  # fmt: skip
+
+    def _recomputed(self) -> int:
+        """Layers that GRADIENT_CHECKPOINTING recomputes: all or none."""
+        return 0 if self.settings.gradient_checkpointing == "false" else self.engine.layers(self.model)
 
     def _measured(self) -> plan.Cost | None:
         """What a token costs; None where the memory does not even hold the passes that measure it."""
@@ -184,7 +187,7 @@ class Planner:
             settings.rows_per_update, self.trainer.lengths(min(MOST_UPDATES, updates(settings, self.tokens))), cost,
             plan.usable(self.limit), padded=self.trainer.pads, shared=self._shared(),
             micro_batch=settings.per_device_train_batch_size if sized else None,
-            recomputed=self._as_set("").recomputed if "gradient_checkpointing" in settings.given else None,
+            recomputed=self._recomputed() if "gradient_checkpointing" in settings.given else None,
         )  # fmt: skip
 
     def _shared(self) -> int:

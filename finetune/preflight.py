@@ -106,13 +106,18 @@ def safetensors_header(file: Path, *, whole: bool = False) -> dict[str, dict[str
                 raise ValueError
             header = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            ends = [entry["data_offsets"][1] for entry in tensors.values() if math.prod(entry["shape"]) >= 0]
-            if whole and 8 + length + max(ends, default=0) != size:
+            counts, end = [math.prod(entry["shape"]) for entry in tensors.values()], 8 + length + data_bytes(tensors)
+            if min(counts, default=0) < 0 or (whole and end != size):
                 raise ValueError
             return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         problem = denied(file) or f"{file}: not a whole safetensors file; download or copy the model again"
         raise PreflightError(problem) from None
+
+
+def data_bytes(header: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bytes of the tensors in a safetensors file with this header; they fill it from offset 0 without holes."""
+    return max((entry["data_offsets"][1] for entry in header.values()), default=0)
 
 
 def check(

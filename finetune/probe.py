@@ -37,9 +37,8 @@ def measure(
     partial: whether single layers can be recomputed. Then only a few are not, meanwhile: a small card holds that too.
     """
     free = min(FREE, layers) if partial else layers
-    for (
-        tokens
-    ) in sizes:  # compiles, chooses kernels and makes the gradients; what that takes is no part of a token's cost
+    # The first pass compiles, chooses kernels and makes the gradients; what that takes is no part of a token's cost.
+    for tokens in sizes:
         run(tokens, layers - free).backward()
     before = torch.cuda.memory_allocated()
     small, large = (_pass(run, tokens, layers - free) for tokens in sizes)

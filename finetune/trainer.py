@@ -150,9 +150,8 @@ class OurTrainer(SFTTrainer):
 
     def _smaller(self, message: str) -> Plan:
         """The plan without widened weights, or with half the micro-batch. Raises Refusal where a single row does not fit."""
-        before = dataclasses.replace(
-            self.plan, tokens=0, forecast_gib=None, forecast_step_s=None, cost=None
-        )  # of other pieces
+        # What was forecast was forecast for other pieces.
+        before = dataclasses.replace(self.plan, tokens=0, forecast_gib=None, forecast_step_s=None, cost=None)
         again = f"out of GPU memory: update {self.state.global_step + 1} is repeated"
         if self.packed and before.widened:
             print(f"{again} with the weights in 4 bits alone", flush=True)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from finetune.errors import PreflightError, Refusal, SettingsError
+from finetune.errors import PreflightError, SettingsError
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -155,14 +155,12 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 @contextlib.contextmanager
-def loading(source: Source) -> Iterator[None]:
-    """Whatever a library raises while it loads a model, as a Refusal that names the model."""
+def loading(source: Source, remedy: str = "take another model, or copy or download this one again") -> Iterator[None]:
+    """Whatever a library raises while it loads a model, as a Refusal that names the model and the remedy."""
     import torch
 
     try:
         yield
-    except Refusal:
-        raise
     except torch.OutOfMemoryError as error:
         raise PreflightError(
             f"MODEL_NAME={source.name}: its weights do not fit the GPU's memory ({str(error).partition('. ')[0]}); take a smaller "
@@ -171,8 +169,7 @@ def loading(source: Source) -> Iterator[None]:
     except Exception as error:  # a damaged file or an odd config.json may raise anything
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingsError(
-            f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({told[:300]}); take another model, or copy or "
-            "download this one again"
+            f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({told[:300]}); {remedy}"
         ) from None
 
 

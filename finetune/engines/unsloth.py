@@ -38,7 +38,7 @@ def load(settings: Settings, source: Source) -> PeftModel:
     """
     from unsloth import FastLanguageModel
 
-    with engines.loading(source):
+    with engines.loading(source, "unsloth cannot; try ENGINE=transformers"):
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(source.folder),
             max_seq_length=settings.max_seq_length,
