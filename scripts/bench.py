@@ -177,7 +177,7 @@ def table(results: list[dict[str, Any]], parameters: int, flop_per_s: float) -> 
         if "step_s" not in r:
             lines.append(f"| {r['case']} | failed: exit {r['exit']} | | | | | | | | |")
             continue
-        ratio = f"{measure['step_s'] / r['step_s']:.2f}" if measure else ""
+        ratio = f"{r['tokens_per_s'] / measure['tokens_per_s']:.2f}" if measure else ""
         forecast = f" ({r['forecast_gib']:.1f})" if r.get("forecast_gib") else ""
         floor = 4 * parameters * r["tokens_per_s"] / flop_per_s
         plan = r["plan"] + (f", {r['checkpointing']}" if "checkpointing" in r else ', "unsloth" or full')
