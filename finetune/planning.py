@@ -166,13 +166,19 @@ class Planner:
         return stream, (begin + most // 2, begin + most)
 
     def _loss(self, stream: list[int], recomputed: int) -> torch.Tensor:
-        """A forward pass over so many tokens, as rows of equal lengths after what all begin with."""
+        """A forward pass over so many tokens, as rows of equal lengths after what all begin with.
+
+        Where rows are filled up, one is shorter: what is filled up needs a mask, with which attention keeps more for each token.
+        """
         import torch
 
         self.trainer.recompute(recomputed)
         begin, rest = stream[: self._shared()], stream[self._shared() :]
-        rows = math.ceil(len(rest) / (self.tokens.longest - len(begin)))
+        filled = self.trainer.pads and len(rest) > 2 and self._most_rows() > 1
+        rows = max(1 + filled, math.ceil(len(rest) / (self.tokens.longest - len(begin))))
         parts = [[*begin, *part] for part in plan.pieces(rest, math.ceil(len(rest) / rows))]
+        if filled and len(parts[-1]) == len(parts[0]):
+            parts[-1].pop()
         count = torch.tensor(len(stream), device=self.model.device)
         loss: torch.Tensor = self.trainer.loss_of(
             self.model, [dict(input_ids=part, labels=part) for part in parts], count
@@ -182,13 +188,20 @@ class Planner:
     def _chosen(self, cost: plan.Cost) -> plan.Plan:
         assert self.limit is not None
         settings = self.settings
-        sized = settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
         return plan.choose(
             settings.rows_per_update, self.trainer.lengths(min(MOST_UPDATES, updates(settings, self.tokens))), cost,
             plan.usable(self.limit), padded=self.trainer.pads, shared=self._shared(),
-            micro_batch=settings.per_device_train_batch_size if sized else None,
+            micro_batch=self._rows_as_set(),
             recomputed=self._recomputed() if "gradient_checkpointing" in settings.given else None,
         )  # fmt: skip
+
+    def _rows_as_set(self) -> int | None:
+        """Rows of a piece where the user set them."""
+        sized = self.settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+        return self.settings.per_device_train_batch_size if sized else None
+
+    def _most_rows(self) -> int:
+        return self._rows_as_set() or self.settings.rows_per_update
 
     def _shared(self) -> int:
         return self.trainer.packed.shared if self.trainer.packed else 0

@@ -7,6 +7,8 @@ it is also seen by torch's compiler, whose cache bitsandbytes' autograd.Function
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes  # noqa: F401  (its operators)
@@ -30,6 +32,18 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     out: Tensor = torch.ops.finetune.adapted_linear(x, inner, up, *_parts(self.base_layer.weight))
     bias = self.base_layer.bias
     return out if bias is None else out + bias
+
+
+@contextlib.contextmanager
+def summed_in_float32() -> Iterator[None]:
+    """cuBLAS cuts long sums of small products in parts, for a while without rounding these to 16 bits before it adds them up."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def widen(layer: Any, on: bool) -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 PARTIAL = True
 KEEPS_INPUTS = True
-UNUSED = ("torchao", "torchvision", "wandb", "httpx._main")  # a sixth of the modules, and of the time they take
+# A sixth of the modules, and of the time they take; the last two are no part of the lock, but transformers would import them.
+UNUSED = ("torchao", "torchvision", "wandb", "httpx._main", "sklearn", "scipy")
 
 
 def prepare(settings: Settings) -> None:

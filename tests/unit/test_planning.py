@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +77,27 @@ def test_passes_are_pieces_that_an_update_may_have(
         assert 0 < len(rows) <= places and max(map(len, rows)) <= longest
         assert sum(map(len, rows)) - (len(rows) - 1) * shared == count
         assert len({tuple(row[:shared]) for row in rows}) == 1
+
+
+@pytest.mark.parametrize("longest", [2048, 700, 90])
+@pytest.mark.parametrize("set_rows", [None, 1])
+def test_rows_that_are_filled_up_are_measured_with_a_mask(longest: int, set_rows: int | None) -> None:
+    made = planner(longest, 0, places=0)
+    if set_rows:
+        values = {"PER_DEVICE_TRAIN_BATCH_SIZE": "1", "GRADIENT_ACCUMULATION_STEPS": "8"}
+        made = dataclasses.replace(made, settings=Settings.from_env(values))
+    trainer: Any = made.trainer
+    trainer.pads = True
+    stream, sizes = made._stream()
+    for size in sizes:
+        made._loss(stream[:size], 0)
+        lengths = [len(row) for row in trainer.passes[-1][0]]
+        assert max(lengths) <= longest
+        if set_rows:
+            assert sum(lengths) == size
+        else:
+            assert len(set(lengths)) > 1
+            assert size <= len(lengths) * max(lengths) < size + len(lengths)  # as a plan counts them
 
 
 def test_a_followed_plan_is_compiled_for_the_same_sizes_first(monkeypatch: pytest.MonkeyPatch) -> None:
