@@ -6,7 +6,7 @@ untrained     float32 with a learning rate of 0: what there was to learn from
 float32       nothing is rounded: what the others are held against
 peft          bfloat16 as transformers + peft under autocast compute it: each layer's product is rounded, and its sum with
               the adapter's once more, which at first is too small to be seen after that
-compiled      bfloat16 as finetune.engines.compiled computes it: product and adapter are summed before either is rounded
+compiled      bfloat16 as finetune.engines.compiled computes it: on a CPU, product and adapter are summed before either is rounded
 """
 
 from __future__ import annotations

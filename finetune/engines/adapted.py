@@ -1,14 +1,12 @@
-"""A frozen linear layer and its adapter as one operator, `finetune::adapted_linear`, whose output is rounded once.
+"""A frozen linear layer and its adapter as one operator, `finetune::adapted_linear`: B A x is added by W x's own matrix product.
 
-W x and B A x are summed in the matrix product's float32 before they become 16 bits: what a young adapter adds is smaller
-than the last bit of W x, and is lost where it is added afterwards (docs/adr/0403). As an operator with a gradient of its own
-it is also seen by torch's compiler, whose cache bitsandbytes' autograd.Function would keep the layer out of.
+A sum in float32 that is rounded once keeps what a young adapter adds, which is smaller than the last bit of W x. A CPU sums so; cuBLAS
+on an H100 rounds W x first, as peft does (docs/adr/0403). As an operator with a gradient of its own it is also seen by torch's
+compiler, whose cache bitsandbytes' autograd.Function would keep the layer out of.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes  # noqa: F401  (its operators)
@@ -32,18 +30,6 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     out: Tensor = torch.ops.finetune.adapted_linear(x, inner, up, *_parts(self.base_layer.weight))
     bias = self.base_layer.bias
     return out if bias is None else out + bias
-
-
-@contextlib.contextmanager
-def summed_in_float32() -> Iterator[None]:
-    """cuBLAS cuts long sums of small products in parts, for a while without rounding these to 16 bits before it adds them up."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def widen(layer: Any, on: bool) -> None:

@@ -74,8 +74,7 @@ def applied(
         for layer in decoder.layers:
             layer.compile(options={"shape_padding": False})  # its padding is chosen by timing, anew in every process
     try:
-        with adapted.summed_in_float32():
-            yield Packed(places, longest, device, _shared(model, places, common))
+        yield Packed(places, longest, device, _shared(model, places, common))
         decoder.embed_tokens.to(device)  # not after an error: it may be that it does not fit
     finally:
         model.config._attn_implementation = before
