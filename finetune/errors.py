@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough to stand within a sentence of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
 class Refusal(Exception):
     """The run cannot go on, for a reason the user can remove. `problems` are whole sentences that name the remedy."""
 

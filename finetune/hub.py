@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import files
-from finetune.errors import HubError, PreflightError, SettingsError
+from finetune.errors import HubError, PreflightError, SettingsError, first_line
 from finetune.folder import verify
 from finetune.settings import Settings
 
@@ -247,19 +247,15 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
             raise HubError(
                 f"{shown}: HF_TOKEN is not allowed to do this (HTTP {status}); use a token with the right to it"
             ) from None
-        raise HubError(f"{shown}: the Hub answered HTTP {status} ({_short(error)}); try again") from None
+        raise HubError(f"{shown}: the Hub answered HTTP {status} ({first_line(error)}); try again") from None
     except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
         raise HubError(
-            f"{shown}: the Hub cannot be reached ({_short(error)}). Check the network, the proxy or HF_ENDPOINT."
+            f"{shown}: the Hub cannot be reached ({first_line(error)}). Check the network, the proxy or HF_ENDPOINT."
         ) from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise PreflightError(f"{shown}: the disk is full; free some or point HF_HOME to a larger one") from None
         raise
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def publish(settings: Settings) -> None:

@@ -21,7 +21,8 @@ def missing(settings: Settings) -> Iterator[str]:
     """What is wrong with the files and folders that settings name, in sentences, before anything is read or downloaded."""
     if problem := hub.missing(settings):
         yield problem
-    yield from data.missing(settings)
+    yield from data.rows.missing(settings)
+    yield from data.prompt.missing(settings)
 
 
 def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> dict[str, Any]:
