@@ -70,10 +70,8 @@ def execute(argv: list[str], environ: Mapping[str, str]) -> int:
     try:
         os.execvpe(argv[0], argv, dict(environ))
     except OSError as error:
-        print(
-            f"error: {argv[0]}: neither a verb ({', '.join(command.VERBS)}) nor a command ({error.strerror})",
-            file=sys.stderr,
-        )
+        verbs = ", ".join(command.VERBS)
+        print(f"error: {argv[0]}: neither a verb ({verbs}) nor a command ({error.strerror})", file=sys.stderr)
         return 127 if isinstance(error, FileNotFoundError) else 126
 
 
