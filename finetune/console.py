@@ -44,15 +44,20 @@ def beat(phase: str) -> None:
         pass  # as above
 
 
-def quiet() -> None:
-    """Keep the libraries' notes to themselves: what matters is said here, once. Their errors still raise."""
-    import datasets
-    import transformers
-
+def hush() -> None:
+    """Keep to themselves what libraries note, also while they are imported: what matters is said here, once. Their errors still raise."""
     warnings.filterwarnings("ignore")
     logging.captureWarnings(True)
     for name in ("py.warnings", "bitsandbytes", "peft", "trl", "accelerate", "torch", "huggingface_hub", "unsloth"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet() -> None:
+    """The same once they are imported, when they may have set their own levels; and no bars for loading a model."""
+    import datasets
+    import transformers
+
+    hush()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()

@@ -56,7 +56,7 @@ def call(*words: str, cwd: Path = ROOT, timeout: float = 280, **values: Any) -> 
 def train(model: Path, output: Path, **values: Any) -> dict[str, Any]:
     """A quick run that must succeed; its run.json."""
     answer = call("train", **{**QUICK, "MODEL_NAME": model, "OUTPUT_DIR": output, **values})
-    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.returncode == 0 and not answer.stderr, answer.stdout + answer.stderr
     record = dict(json.loads((output / "run.json").read_text()))
     assert not schema_errors(record)
     return record

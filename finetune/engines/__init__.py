@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from finetune import console
 from finetune.errors import PreflightError, SettingsError
 from finetune.settings import Settings
 
@@ -74,6 +75,7 @@ class Choice:
 
     def open(self, settings: Settings) -> Engine:
         """Import the engine, and what must be imported before everything else, and then all that training needs."""
+        console.hush()  # on a CPU with AVX512-BF16, bitsandbytes warns of a package that nothing here needs
         gc.disable()  # it would walk a million lasting objects again and again, a tenth of the time that imports take
         try:
             engine: Engine = importlib.import_module(f"finetune.engines.{self.name}")

@@ -170,7 +170,7 @@ def test_two_processes_give_the_same_bytes_whether_asked_or_not(llama: Path, tmp
     Nor may the place of the base, the number of tokenizing processes (with rows enough for them to be started), the order of
     a set, or the day.
     """
-    lines = (Path(data.__file__).parent / "samples" / "en.jsonl").read_text() * 70
+    lines = (tiny.SAMPLES / "en.jsonl").read_text() * 70
     (tmp_path / "rows.jsonl").write_text(lines)
     moved = Path(shutil.copytree(llama, tmp_path / "elsewhere" / llama.name))
     rows = dict(DATASET_NAME=tmp_path / "rows.jsonl", DATASET_CONFIG="", MAX_SEQ_LENGTH=192)

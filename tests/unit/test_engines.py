@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,20 @@ def broken(tmp_path: Path) -> Callable[..., hub.Source]:
         return hub.Source(str(folder), None, folder)
 
     return make
+
+
+def test_what_a_library_notes_while_it_is_imported_is_not_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def imported(name: str) -> Any:
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("no module named kernels")
+        logging.getLogger("bitsandbytes.cextension").error("no library")
+        return engine
+
+    monkeypatch.setattr("importlib.import_module", imported)
+    monkeypatch.setattr(engine, "prepare", lambda settings: None)
+    engines.Choice("transformers", "ENGINE=transformers").open(Settings.from_env({}))
+    assert {record.message for record in caplog.records} == {"no library"}
 
 
 @pytest.mark.parametrize("four_bits", ["0", "1"])
