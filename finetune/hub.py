@@ -148,6 +148,8 @@ def fetch_model(settings: Settings) -> Source:
 
     The 16-bit repository is fetched once and serves both: quantised at load for training, read again by the merge.
     A quantised mirror would train on other weights than the merge adds to (unsloth #1089, peft #2321).
+
+    Raises SettingsError where the name stands for no model that can be trained, HubError where the Hub does not give it.
     """
     if problem := missing(settings):
         raise SettingsError(problem)
@@ -197,7 +199,7 @@ def cached(name: str, commit: str | None) -> Source | None:
 
 @contextlib.contextmanager
 def explained(variable: str, settings: Settings) -> Iterator[None]:
-    """Turn the client's exceptions into sentences that name the variable and the way out."""
+    """Turn the client's exceptions into sentences that name the variable and the way out: SettingsError, HubError, PreflightError."""
     import httpx
     from huggingface_hub import errors
 
@@ -261,7 +263,7 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
 def publish(settings: Settings) -> None:
     """Where PUSH_TO_HUB is set: push what a run left in OUTPUT_DIR, each folder with its card in one commit.
 
-    The files' hashes are checked first. Raises HubError, with everything still on disk.
+    The files' hashes are checked first: SettingsError. Raises HubError for all that follows, with everything still on disk.
     """
     if not settings.push_to_hub:
         return

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 GIB = 2**30
-COPIED = 0.1  # of what a token takes, its keys and values: 4 of 130 KB with 8 heads of 32 (Llama 3), 16 of 150 with all
+COPIED = 0.1  # at most, of what a token keeps in a layer, its keys and values: 4 of 140 KB with 8 heads of 32 (Llama 3), 16 of 150 with all
 
 
 @dataclasses.dataclass(frozen=True)

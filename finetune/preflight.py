@@ -81,7 +81,10 @@ def cuda_version() -> tuple[int, int]:
 
 
 def parameters(model_name: str) -> int | None:
-    """Parameters of a model folder, counted in its safetensors headers, or as a Hub name states them; None: unknown."""
+    """Parameters of a model folder, counted in its safetensors headers, or as a Hub name states them; None: unknown.
+
+    Raises PreflightError where one of the folder's files is damaged or closed.
+    """
     folder = Path(model_name)
     if folder.is_dir():
         headers = [safetensors_header(file, whole=True) for file in sorted(folder.glob("*.safetensors"))]

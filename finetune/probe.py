@@ -32,8 +32,9 @@ def measure(
 ) -> Cost:  # fmt: skip
     """Run small passes forward and backward and return what a token costs.
 
-    width: bytes of one token that a recomputed layer keeps. sizes: tokens of the two passes between which a straight line is
-    drawn. run(tokens, recomputed) makes a forward pass with the first `recomputed` layers recomputed, and returns the loss.
+    layers: of the model. width: bytes of one token that a recomputed layer keeps. optimizer_bytes: what the optimizer will take.
+    sizes: tokens of the two passes between which a straight line is drawn. run(tokens, recomputed) makes a forward pass with the
+    first `recomputed` layers recomputed, and returns the loss.
     partial: whether single layers can be recomputed. Then only a few are not, meanwhile: a small card holds that too.
     """
     free = min(FREE, layers) if partial else layers

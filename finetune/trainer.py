@@ -149,7 +149,10 @@ class OurTrainer(SFTTrainer):
         torch.cuda.empty_cache()
 
     def _smaller(self, message: str) -> Plan:
-        """The plan without widened weights, or with half the micro-batch. Raises Refusal where a single row does not fit."""
+        """The next smaller plan: weights in 4 bits alone, else half the micro-batch, else all layers recomputed.
+
+        message: the allocator's. Raises Refusal where a single row does not fit even so.
+        """
         # What was forecast was forecast for other pieces.
         before = dataclasses.replace(self.plan, tokens=0, forecast_gib=None, forecast_step_s=None, cost=None)
         again = f"out of GPU memory: update {self.state.global_step + 1} is repeated"

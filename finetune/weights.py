@@ -53,7 +53,7 @@ class Shard:
         return range(0, math.prod(above) if width else 0, max(1, BLOCK // max(1, width)))
 
     def read(self, name: str, row: int) -> Tensor:
-        """The block that begins at that row, as a matrix."""
+        """The block that begins at that row, as a matrix (rows, width). Raises SettingsError where the file ends within it."""
         import torch
 
         starts, width = self.starts(name), (self.shapes[name] or (1,))[-1]
@@ -90,7 +90,10 @@ class Base:
 
 
 class Adapter:
-    """An adapter folder as PEFT wrote it. pairs: module name -> (A, B), float64; biases: module name -> tensor."""
+    """An adapter folder as PEFT wrote it. pairs: module name -> (A, B), float64, (r, in) and (out, r); biases: name -> tensor.
+
+    Raises MergeError where it holds something else.
+    """
 
     def __init__(self, folder: Path):
         import torch

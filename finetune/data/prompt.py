@@ -26,7 +26,7 @@ Please answer the following medical question.
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The training text: `prompt` is what the model is given, and ends before the first completion column."""
+    """The training text. asked: how many of its {} are filled by PROMPT_COLUMNS."""
 
     text: str
     asked: int

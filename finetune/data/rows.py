@@ -26,7 +26,10 @@ COMMIT = "[0-9a-f]{40}"
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows that passed the checks. sha256: of their texts in order, so that equal data is known as equal."""
+    """Rows that passed the checks. messages: whether they are in the `messages` form. seen, dropped: rows read, and left out.
+
+    sha256: of their texts in order, so that equal data is known as equal.
+    """
 
     name: str
     commit: str | None

@@ -27,7 +27,10 @@ IGNORED = -100  # label that the loss leaves out
 
 
 def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with a PAD in memory that is not its EOS; its files are never changed."""
+    """The model's own tokenizer, with a PAD in memory that is not its EOS; its files are never changed.
+
+    Raises SettingsError where it cannot be loaded, or has no EOS.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -92,6 +95,8 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
 
     Exactly one BOS where the tokenizer uses one, and one EOS, which is trained on, at the end of each row; a row longer
     than MAX_SEQ_LENGTH loses what stands before its EOS, so that the model still learns to stop.
+
+    Raises SettingsError where messages find no chat template, or a row keeps nothing to train on.
     """
     from datasets import Dataset
 

@@ -88,9 +88,10 @@ class Choice:
 
 
 def choose(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) -> Choice:
-    """ENGINE, or for auto the one that was measured faster on this kind of GPU with this kind of model.
+    """ENGINE, or for auto transformers on a CPU and where the compiled path serves, else unsloth.
 
-    config: of the model, as in its config.json.
+    The compiled path was the faster one on an H100 (benchmarks/h100); other GPUs were not measured. config: of the model, as in
+    its config.json.
     """
     against = not_compiled(settings, gpu, config)
     if settings.engine == "unsloth":
@@ -165,7 +166,10 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 @contextlib.contextmanager
 def loading(source: Source, remedy: str = "take another model, or copy or download this one again") -> Iterator[None]:
-    """Whatever a library raises while it loads a model, as a Refusal that names the model and the remedy."""
+    """Whatever a library raises while it loads a model, as a SettingsError that names the model and the remedy.
+
+    A PreflightError where the GPU's memory does not hold the weights.
+    """
     import torch
 
     try:
@@ -221,7 +225,7 @@ def check_fits(model: PeftModel, settings: Settings, tokens: Tokens) -> None:
 
 
 def settle_4bit(settings: Settings, model: torch.nn.Module) -> None:
-    """Check that the weights are NF4 where asked: a silent 16-bit run is what nobody asked for. And keep them so.
+    """Raise SettingsError where the weights are not NF4 though asked: nobody asked for a silent 16-bit run. And keep them so.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a weight at its first use in evaluation mode and never back; the
     packed product has no gradient, so training after an answer would silently reach only the last layers.

@@ -21,7 +21,7 @@ KEEPS_INPUTS = False  # its checkpointing moves them to the host's memory
 
 
 def prepare(settings: Settings) -> None:
-    """Import unsloth before trl and transformers, which it patches (unsloth #2797)."""
+    """Import unsloth before trl and transformers, which it patches (unsloth #2797). Raises PreflightError where it cannot start."""
     try:
         import unsloth  # noqa: F401
     except (ImportError, NotImplementedError, RuntimeError) as error:
