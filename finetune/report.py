@@ -11,6 +11,7 @@ import json
 import platform
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,13 +120,12 @@ def environment(gpu: Gpu | None, environ: Mapping[str, str]) -> dict[str, Any]:
 
     build = ROOT / "build.json"
     made = json.loads(build.read_bytes()) if build.is_file() else {}
-    lock = ROOT / "docker" / "requirements.txt"
     return dict(
         program=__version__,
         revision=made.get("revision") or _git("rev-parse", "HEAD"),
         dirty=made["dirty"] if "dirty" in made else bool(_git("status", "--porcelain")),
         image=bool(made),
-        lock_sha256=made.get("lock_sha256") or (files.sha256(lock) if lock.is_file() else None),
+        lock_sha256=made.get("lock_sha256") or _lock(),
         python=platform.python_version(),
         platform=platform.platform(),
         packages=versions(),
@@ -138,6 +138,15 @@ def environment(gpu: Gpu | None, environ: Mapping[str, str]) -> dict[str, Any]:
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         variables={name: environ[name] for name in NUMERIC if environ.get(name)},
     )
+
+
+def _lock() -> str | None:
+    """sha256 of the lock that `make` installed here, which an older driver makes another one; else of the one beside the program."""
+    stamp, lock = Path(sys.prefix) / ".stamp-main", ROOT / "docker" / "requirements.txt"
+    try:
+        return stamp.read_text(encoding="utf-8").split()[1]  # after the version of Python: scripts/bootstrap.sh
+    except (OSError, IndexError):
+        return files.sha256(lock) if lock.is_file() else None
 
 
 def _cpu() -> str | None:

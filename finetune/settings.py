@@ -110,7 +110,7 @@ class Settings:
     logging_steps: int = setting(10, "Updates between two lines of progress.", low=1, free=True)
     save_steps: int = setting(20, "Updates between two checkpoints; 0: only the last.", low=0, free=True)
     save_total_limit: int = setting(2, "Checkpoints kept.", low=1, free=True)
-    engine: Literal["auto", "unsloth", "transformers"] = setting("auto", "auto: the one that was measured faster; on a CPU always transformers.")  # fmt: skip
+    engine: Literal["auto", "unsloth", "transformers"] = setting("auto", "auto: the one that was faster on an H100; on a CPU always transformers.")  # fmt: skip
     torch_compile: bool = setting(True, "Compile the decoder layers where the transformers engine can (a GPU of capability 8.0, bfloat16; Llama, Qwen2, Qwen3).")  # fmt: skip
     full_determinism: bool | None = setting(None, "Same settings, data and kind of GPU give the same bytes; unset: where it is cheap (CPU, compiled path).")  # fmt: skip
     report_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Tracker; wandb writes offline where WANDB_API_KEY is unset.", free=True)  # fmt: skip

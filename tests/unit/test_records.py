@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, schema_errors
-from finetune import folder, inputs, records, reproduce
+from finetune import files, folder, inputs, records, report, reproduce
 from finetune.errors import NotReproduced, SettingsError
 from finetune.settings import Settings
 
@@ -199,3 +199,12 @@ def test_tokens_are_only_spoken_of_where_rows_and_model_are_the_recorded_ones() 
 
     assert "MODEL_NAME=base" in refused("0", "0") and "tokens" not in refused("0", "0")
     assert refused(SHA, "0").startswith("tokens: ")
+
+
+def test_the_lock_of_a_record_is_the_one_that_was_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    beside = files.sha256(ROOT / "docker" / "requirements.txt")
+    assert report.environment(None, {})["lock_sha256"] == beside  # an environment of the user's own
+    other = files.sha256(ROOT / "docker" / "requirements-cu128.txt")
+    (tmp_path / ".stamp-main").write_text(f"3.12 {other}  -\n")
+    assert report.environment(None, {})["lock_sha256"] == other
