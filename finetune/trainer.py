@@ -186,11 +186,12 @@ class OurTrainer(SFTTrainer):
         if "loss" in logs and "grad_norm" in logs:
             now = time.perf_counter()
             seconds, self.clock = now - self.clock, now
+            left_out = self._left_out()
             row = dict(
                 step=self.state.global_step,
                 loss=float(logs["loss"]),
                 learning_rate=float(logs["learning_rate"]),
-                grad_norm=float(logs["grad_norm"]),
+                grad_norm=0.0 if left_out else float(logs["grad_norm"]),
                 epoch=round(float(self.state.epoch or 0), 6),
                 tokens=self.tokens,
                 step_s=round(seconds, 4),
@@ -206,10 +207,20 @@ class OurTrainer(SFTTrainer):
                     f"diverged. Try a lower LEARNING_RATE, for example LEARNING_RATE={self.args.learning_rate / 10:g}, "
                     "and OVERWRITE=1."
                 )
+            if left_out:
+                print(f"step {row['step']}: left out, its scaled gradients overflow in float16", flush=True)
             self.metrics.append(row)
             self.progress.show(row)
             console.beat("training")
         super().log(logs, start_time)
+
+    def _left_out(self) -> bool:
+        """Whether GradScaler passed over this update: in float16 gradients are scaled up until they overflow, and then by half as much.
+
+        Where they overflow unscaled, they are what has diverged.
+        """
+        scaler = self.accelerator.scaler
+        return scaler is not None and self.accelerator.optimizer_step_was_skipped and scaler.get_scale() >= 1
 
     # Checkpoints
 
