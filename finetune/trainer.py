@@ -82,6 +82,7 @@ class OurTrainer(SFTTrainer):
         self.collate = self.data_collator
         self.pads = packed is None and not getattr(self.data_collator, "padding_free", False)
         self.data_collator = _as_they_are
+        self.model_accepts_loss_kwargs = True  # trl's loss divides by our count, whatever the model's own would do with it
         self.model.train()  # every module: a fresh PeftModel says that it trains, and its base, just loaded, does not
         self.accelerator.device_placement = False  # all of it is where it belongs, the embedding perhaps on the host
         self.remove_callback(PrinterCallback)
