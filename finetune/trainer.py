@@ -82,11 +82,29 @@ class OurTrainer(SFTTrainer):
         self.collate = self.data_collator
         self.pads = packed is None and not getattr(self.data_collator, "padding_free", False)
         self.data_collator = _as_they_are
-        self.model_accepts_loss_kwargs = True  # trl's loss divides by our count, whatever the model's own would do with it
+        if packed is None and self.args.loss_type == "chunked_nll" and not self._head_is_all():
+            del self.model.get_base_model().forward  # trl's
+            self.args.loss_type, self.compute_loss_func = "nll", _loss_of_logits
+        self.model_accepts_loss_kwargs = (
+            True  # trl's loss divides by our count, whatever the model's own would do with it
+        )
         self.model.train()  # every module: a fresh PeftModel says that it trains, and its base, just loaded, does not
         self.accelerator.device_placement = False  # all of it is where it belongs, the embedding perhaps on the host
         self.remove_callback(PrinterCallback)
         self.add_callback(StopAtStep(self))
+
+    def _head_is_all(self) -> bool:
+        """Whether trl's loss in chunks is that of the model's own logits.
+
+        It multiplies with the head itself, and knows little of what a model does to its logits then: Granite divides them by 8.
+        """
+        self.model.eval()  # nothing is drawn
+        base = self.model.get_base_model()
+        ids = torch.tensor([self.train_dataset[0]["input_ids"][:32]], device=self.args.device)
+        with torch.no_grad():
+            theirs = base.forward(input_ids=ids, labels=ids, output_router_logits=False).loss
+            own = _loss_of_logits(type(base).forward(base, input_ids=ids, use_cache=False), ids, ids.numel() - 1)
+        return bool(torch.isclose(theirs.float(), own, rtol=0.02))
 
     # One update, in pieces
 
@@ -256,6 +274,15 @@ class Update:
     """The rows of one update, closed to accelerate, which would look at every single token on the way to the GPU."""
 
     rows: list[Row]
+
+
+def _loss_of_logits(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
+    """Cross entropy of all of a model's logits, divided by the labels of the whole update."""
+    words = outputs.logits.shape[-1]
+    logits, following = outputs.logits[:, :-1].reshape(-1, words).float(), labels[:, 1:].reshape(-1)
+    return (
+        torch.nn.functional.cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum") / num_items_in_batch
+    )
 
 
 def _as_they_are(rows: list[Row]) -> dict[str, Update]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import tiny
 from short_run import fit
 
 PIECES = dict(PER_DEVICE_TRAIN_BATCH_SIZE="1", GRADIENT_ACCUMULATION_STEPS="4")
@@ -22,3 +25,28 @@ def test_pieces_are_averaged_also_where_the_model_would_not_take_their_count(
     found, _ = fit(llama, tmp_path / "not-counted", MAX_STEPS="1", **PIECES)
     for name in ("loss", "grad_norm"):
         assert found.metrics[0][name] == pytest.approx(expected.metrics[0][name], rel=1e-4)
+
+
+def test_what_a_model_does_to_its_logits_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite divides them, which trl's loss in chunks leaves out: a hundred times larger they are far from even."""
+    from transformers import AutoModelForCausalLM
+
+    from finetune import trainer
+
+    rows: list[dict[str, list[int]]] = []
+    real = trainer.OurTrainer.piece
+
+    def piece(self: Any, model: Any, some: Any, count: Any) -> Any:
+        rows.extend(some)
+        return real(self, model, some, count)
+
+    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+    for scaling in (1.0, 0.01):
+        granite = tiny.model(tmp_path / str(scaling), "granite", logits_scaling=scaling)
+        rows.clear()
+        found, _ = fit(granite, tmp_path / f"run-{scaling}", MAX_STEPS="1", **PIECES)
+        own = AutoModelForCausalLM.from_pretrained(granite, dtype=torch.float32)
+        ids = [torch.tensor([row["input_ids"]]) for row in rows]
+        with torch.no_grad():
+            losses = [float(own(input_ids=each, labels=each).loss) * (each.numel() - 1) for each in ids]
+        assert found.metrics[0]["loss"] == pytest.approx(sum(losses) / sum(each.numel() - 1 for each in ids), rel=1e-4)
