@@ -123,6 +123,8 @@ def not_compiled(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) ->
         return f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))}, it needs 8.0"
     if kind not in COMPILED_TYPES or config.get("use_sliding_window"):
         return f"it serves {', '.join(COMPILED_TYPES)} with full attention, and this is {kind}"
+    if config.get("attention_dropout"):
+        return "the model drops out attention, which its kernel does not"
     if settings.dtype not in ("auto", "bfloat16"):
         return f"DTYPE={settings.dtype}, it computes in bfloat16"
     if settings.lora_bias != "none":
@@ -244,8 +246,9 @@ def settle_4bit(settings: Settings, model: torch.nn.Module) -> None:
 
 
 def drops(model: torch.nn.Module) -> bool:
-    """Whether training draws anything: LORA_DROPOUT, or the base's own."""
-    return any(type(module).__name__ == "Dropout" and module.p > 0 for module in model.modules())
+    """Whether training draws anything: LORA_DROPOUT, or the base's own, which for attention is a number in most models."""
+    shares = (m.p if type(m).__name__ == "Dropout" else getattr(m, "attention_dropout", 0) for m in model.modules())
+    return any(isinstance(share, (int, float)) and share > 0 for share in shares)
 
 
 def begin_adapter(model: PeftModel, seed: int) -> PeftModel:

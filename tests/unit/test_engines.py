@@ -97,3 +97,11 @@ def test_rows_that_a_model_has_no_embedding_for_are_refused(tmp_path: Path, llam
     engines.check_fits(other, settings, SimpleNamespace(longest=10**6, largest=900))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="makes token 1000, and the model has 1000"):
         engines.check_fits(other, settings, SimpleNamespace(longest=8, largest=1000))  # type: ignore[arg-type]
+
+
+def test_the_compiled_path_is_for_what_its_kernels_can_do() -> None:
+    gpu = preflight.Gpu("NVIDIA H100 80GB HBM3", 81559, 81079, "580.159.04", (9, 0))
+    settings = Settings.from_env({})
+    assert engines.choose(settings, gpu, dict(model_type="llama", attention_dropout=0.0)).compiled
+    for odd in (dict(model_type="gemma"), dict(model_type="qwen2", use_sliding_window=True), dict(model_type="llama", attention_dropout=0.1)):  # fmt: skip
+        assert not engines.choose(settings, gpu, odd).compiled

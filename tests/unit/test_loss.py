@@ -50,3 +50,14 @@ def test_what_a_model_does_to_its_logits_counts(tmp_path: Path, monkeypatch: pyt
         with torch.no_grad():
             losses = [float(own(input_ids=each, labels=each).loss) * (each.numel() - 1) for each in ids]
         assert found.metrics[0]["loss"] == pytest.approx(sum(losses) / sum(each.numel() - 1 for each in ids), rel=1e-4)
+
+
+def test_recomputed_layers_drop_what_they_dropped_before(tmp_path: Path) -> None:
+    """Of the attention, too, whose dropout is no module but a number."""
+    llama = tiny.model(tmp_path / "llama", attention_dropout=0.5)
+    kept, recomputed = (
+        fit(llama, tmp_path / again, MAX_STEPS="1", GRADIENT_CHECKPOINTING=again)[0].metrics[0]
+        for again in ("false", "true")
+    )
+    for name in ("loss", "grad_norm"):
+        assert recomputed[name] == pytest.approx(kept[name], rel=1e-5)
