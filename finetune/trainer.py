@@ -189,7 +189,7 @@ class OurTrainer(SFTTrainer):
                 f"MAX_SEQ_LENGTH={self.args.max_length // 2}, lower LORA_R, or set GRADIENT_CHECKPOINTING=true."
             )
         size = before.micro_batch // 2
-        accumulation = math.ceil(before.micro_batch * before.accumulation / size)
+        accumulation = math.ceil(self.args.per_device_train_batch_size / size)  # of 3 + 3 + 2 rows come 8 pieces, not 9
         print(f"{again} as {size} x {accumulation}", flush=True)
         return dataclasses.replace(
             before, micro_batch=size, accumulation=accumulation, reason="halved: out of GPU memory"

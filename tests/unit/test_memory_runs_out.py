@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetune import plan
 from finetune.errors import Refusal
 from short_run import fit
 
@@ -39,6 +40,15 @@ def test_the_update_is_repeated_in_half_the_pieces(
     assert [row["loss"] for row in found.metrics] == pytest.approx([row["loss"] for row in expected.metrics], rel=1e-5)
     assert [row["tokens"] for row in found.metrics] == [row["tokens"] for row in expected.metrics]
     assert all(torch.allclose(adapter[name], by_fours[name], rtol=1e-3, atol=1e-5) for name in by_fours)
+
+
+def test_halved_pieces_are_counted_as_they_are(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune import planning
+
+    monkeypatch.setattr(planning.Planner, "choose", lambda self: plan.Plan(3, 2, 0, 2, "3 + 1 rows"))
+    out_of_memory_once(monkeypatch, larger_than=1, after=0)
+    found, _ = fit(llama, tmp_path)
+    assert (found.plan.micro_batch, found.plan.accumulation) == (1, 4)
 
 
 def test_the_activations_are_recomputed_before_one_row_is_given_up(
