@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,7 @@ def train_in(
     console.phase("saving", "saving the adapter")
     export.save_adapter(model, source, output)
     del model, ask
+    gc.collect()  # the trainer and what it calls back hold each other, and the model with them
     merged = export.merge(source, output, "cuda" if visible else "cpu") if settings.save_merged else None
     if not settings.save_adapter:
         shutil.rmtree(output / "adapter")
