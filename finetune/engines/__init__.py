@@ -207,9 +207,14 @@ def check_whole(source: Source, info: Mapping[str, Any]) -> None:
 
 
 def check_fits(model: PeftModel, settings: Settings, tokens: Tokens) -> None:
-    """Raise SettingsError where the model has no embedding for a token, or none for a place in the longest row."""
+    """Raise SettingsError where the model has no embedding for a token or for a place in the longest row, or has biases in float16."""
     import torch
 
+    if any(p.requires_grad and p.dtype is torch.float16 and n.endswith("bias") for n, p in model.named_parameters()):
+        raise SettingsError(  # which GradScaler refuses, after everything is loaded
+            f"LORA_BIAS={settings.lora_bias}: {settings.model_name} computes in float16 here, in which its biases cannot be trained; "
+            "set LORA_BIAS=none, or DTYPE=float32"
+        )
     words: Any = model.get_input_embeddings()
     if tokens.largest >= words.num_embeddings:
         raise SettingsError(

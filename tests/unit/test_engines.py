@@ -105,3 +105,12 @@ def test_the_compiled_path_is_for_what_its_kernels_can_do() -> None:
     assert engines.choose(settings, gpu, dict(model_type="llama", attention_dropout=0.0)).compiled
     for odd in (dict(model_type="gemma"), dict(model_type="qwen2", use_sliding_window=True), dict(model_type="llama", attention_dropout=0.1)):  # fmt: skip
         assert not engines.choose(settings, gpu, odd).compiled
+
+
+def test_biases_in_float16_are_refused_and_not_found_out_by_the_first_update(llama: Path, qwen2: Path) -> None:
+    settings = Settings.from_env({"LOAD_IN_4BIT": "0", "DTYPE": "float16", "LORA_BIAS": "all"})
+    fits: Any = SimpleNamespace(longest=8, largest=8)
+    without, biased = (engine.load(settings, hub.Source(str(place), None, place)) for place in (llama, qwen2))
+    engines.check_fits(without, settings, fits)
+    with pytest.raises(SettingsError, match=r"LORA_BIAS=all: .*float16"):
+        engines.check_fits(biased, settings, fits)
