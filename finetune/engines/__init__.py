@@ -123,6 +123,9 @@ def not_compiled(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) ->
         return f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))}, it needs 8.0"
     if kind not in COMPILED_TYPES or config.get("use_sliding_window"):
         return f"it serves {', '.join(COMPILED_TYPES)} with full attention, and this is {kind}"
+    width = config.get("head_dim") or config.get("hidden_size", 4096) // config.get("num_attention_heads", 32)
+    if width % 8 or width > 256:  # 100 in open_llama_3b
+        return f"an attention head is {width} wide, and its kernel takes multiples of 8 up to 256"
     if config.get("attention_dropout"):
         return "the model drops out attention, which its kernel does not"
     if settings.dtype not in ("auto", "bfloat16"):

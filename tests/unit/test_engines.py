@@ -103,7 +103,7 @@ def test_the_compiled_path_is_for_what_its_kernels_can_do() -> None:
     gpu = preflight.Gpu("NVIDIA H100 80GB HBM3", 81559, 81079, "580.159.04", (9, 0))
     settings = Settings.from_env({})
     assert engines.choose(settings, gpu, dict(model_type="llama", attention_dropout=0.0)).compiled
-    for odd in (dict(model_type="gemma"), dict(model_type="qwen2", use_sliding_window=True), dict(model_type="llama", attention_dropout=0.1)):  # fmt: skip
+    for odd in (dict(model_type="gemma"), dict(model_type="qwen2", use_sliding_window=True), dict(model_type="llama", attention_dropout=0.1), dict(model_type="llama", hidden_size=3200), dict(model_type="llama", head_dim=288)):  # fmt: skip
         assert not engines.choose(settings, gpu, odd).compiled
 
 
