@@ -251,6 +251,13 @@ def settle_4bit(settings: Settings, model: torch.nn.Module) -> None:
             f"LOAD_IN_4BIT=1: {settings.model_name} was not loaded in NF4 (found {', '.join(kinds) or 'no 4-bit layer'}); "
             "use another model, or LOAD_IN_4BIT=0 for 16-bit weights"
         )
+    stacked = (p for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
+    left = sum(p.nbytes for p in stacked if p.is_floating_point())
+    if settings.load_in_4bit and left:
+        print(
+            f"LOAD_IN_4BIT=1: the model's experts stay as they are, {left / 1e9:.1f} GB; only linear layers are packed",
+            flush=True,
+        )
 
 
 def drops(model: torch.nn.Module) -> bool:

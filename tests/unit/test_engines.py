@@ -114,3 +114,12 @@ def test_biases_in_float16_are_refused_and_not_found_out_by_the_first_update(lla
     engines.check_fits(without, settings, fits)
     with pytest.raises(SettingsError, match=r"LORA_BIAS=all: .*float16"):
         engines.check_fits(biased, settings, fits)
+
+
+def test_experts_that_stay_in_16_bits_are_said(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixtral = tiny.model(tmp_path / "mixtral", "mixtral", num_local_experts=4)
+    for folder, said in ((llama, False), (mixtral, True)):
+        for four_bits in ("1", "0"):
+            settings = Settings.from_env({"LOAD_IN_4BIT": four_bits, "TARGET_MODULES": "q_proj"})
+            engine.load(settings, hub.Source(str(folder), None, folder))
+            assert ("experts stay" in capsys.readouterr().out) == (said and four_bits == "1")
