@@ -170,6 +170,7 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
         fp16=cuda and dtype is torch.float16,
         use_cpu=not cuda,
         gradient_checkpointing=False,  # see engines: recompute
+        router_aux_loss_coef=0.0,  # the loss is the labels' alone: trl would add experts' balance, once for each piece
         max_length=settings.max_seq_length,
         dataset_num_proc=None,
         logging_steps=1,  # every update is recorded; LOGGING_STEPS is about the lines printed

@@ -61,3 +61,14 @@ def test_recomputed_layers_drop_what_they_dropped_before(tmp_path: Path) -> None
     )
     for name in ("loss", "grad_norm"):
         assert recomputed[name] == pytest.approx(kept[name], rel=1e-5)
+
+
+def test_the_balance_of_experts_is_no_part_of_the_loss(tmp_path: Path) -> None:
+    mixtral = tiny.model(tmp_path / "mixtral", "mixtral", num_local_experts=4, router_aux_loss_coef=0.5)
+    options = dict(MAX_STEPS="1", TARGET_MODULES="all-linear")
+    whole, cut = (
+        fit(mixtral, tmp_path / str(len(pieces)), **options, **pieces)[0].metrics[0] for pieces in ({}, PIECES)
+    )
+    for name in ("loss", "grad_norm"):
+        assert cut[name] == pytest.approx(whole[name], rel=1e-4)
+    assert whole["loss"] == pytest.approx(6.9, abs=0.1)
