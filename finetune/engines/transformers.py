@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune import engines
+from finetune.errors import SettingsError, first_line
 from finetune.hub import Source
 from finetune.settings import Settings
 
@@ -58,13 +59,14 @@ def load(settings: Settings, source: Source) -> PeftModel:
     engines.check_targets(settings, linear)
     model.requires_grad_(False)
     targets: Any = list(settings.target_modules) if settings.target_modules != ("all-linear",) else "all-linear"
-    adapted: PeftModel = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM", r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-            bias=settings.lora_bias, target_modules=targets, use_rslora=settings.use_rslora,
-        ),
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+        bias=settings.lora_bias, target_modules=targets, use_rslora=settings.use_rslora,
     )  # fmt: skip
+    try:
+        adapted: PeftModel = get_peft_model(model, config)
+    except ValueError as error:  # layers that a kernel reads past the adapter, as Mamba's out_proj
+        raise SettingsError(f"TARGET_MODULES={','.join(settings.target_modules)}: {first_line(error)}") from None
     return engines.begin_adapter(adapted, settings.seed)
 
 

@@ -123,3 +123,10 @@ def test_experts_that_stay_in_16_bits_are_said(tmp_path: Path, llama: Path, caps
             settings = Settings.from_env({"LOAD_IN_4BIT": four_bits, "TARGET_MODULES": "q_proj"})
             engine.load(settings, hub.Source(str(folder), None, folder))
             assert ("experts stay" in capsys.readouterr().out) == (said and four_bits == "1")
+
+
+def test_a_layer_that_takes_no_adapter_is_refused_by_the_setting_s_name(tmp_path: Path) -> None:
+    mamba = tiny.model(tmp_path / "mamba", "mamba")
+    settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
+    with pytest.raises(SettingsError, match=r"TARGET_MODULES=all-linear: .*out_proj"):
+        engine.load(settings, hub.Source(str(mamba), None, mamba))
