@@ -365,6 +365,8 @@ def _cross_checks(s: Settings) -> Iterator[str]:
     """Sentences on values that do not go together, before anything is downloaded."""
     if s.max_steps == -1 and s.num_train_epochs is None:
         yield "MAX_STEPS=-1: needs the passes over the rows, for example NUM_TRAIN_EPOCHS=1"
+    if s.lr_scheduler_type == "polynomial" and s.learning_rate <= 1e-7:
+        yield f"LEARNING_RATE={s.learning_rate:g} with LR_SCHEDULER_TYPE=polynomial, which ends at 1e-7: for example LR_SCHEDULER_TYPE=linear"
     if s.engine == "unsloth" and s.full_determinism:
         yield "FULL_DETERMINISM=1 with ENGINE=unsloth: its kernels add up in changing order; use ENGINE=transformers, or FULL_DETERMINISM=0"
     if s.push_to_hub:

@@ -66,6 +66,11 @@ def test_refused_values_name_variable_rule_and_example(name: str, value: str) ->
     assert message.startswith(f"{name}={value}".split(" #")[0]) and "example" in message
 
 
+def test_a_rate_that_a_polynomial_cannot_end_below_is_refused() -> None:
+    assert "ends at 1e-7" in refused({"LEARNING_RATE": "1e-7", "LR_SCHEDULER_TYPE": "polynomial"})
+    Settings.from_env({"LEARNING_RATE": "1e-7"})
+
+
 def test_everything_wrong_is_shown_at_once() -> None:
     message = refused({"MAX_STEPS": "0", "LEARNING_RATE": "abc", "LOAD_IN_4BIT": "maybe", "MAX_STEP": "3"})
     assert len(message.splitlines()) == 4
