@@ -79,19 +79,21 @@ class Source:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one."""
-    for index, single in ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
-        if (folder / index).is_file():
-            try:
-                names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise SettingsError(
-                    f"MODEL_NAME={folder}: {index} is no list of weight files; download or copy the model again"
-                ) from None
-        elif (folder / single).is_file():
-            names = [single]
-        else:
+    """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one.
+
+    Of several forms it is the one that transformers loads: what is trained and what is merged into must be the same weights.
+    """
+    for first in ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if not (folder / first).is_file():
             continue
+        if not first.endswith(".index.json"):
+            return [first]
+        try:
+            names = sorted(set(json.loads((folder / first).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SettingsError(
+                f"MODEL_NAME={folder}: {first} is no list of weight files; download or copy the model again"
+            ) from None
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise SettingsError(f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again")
         return names

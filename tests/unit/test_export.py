@@ -133,6 +133,18 @@ def test_a_pytorch_bin_base(tmp_path: Path) -> None:
     assert export.merge(Source("base", None, folder), tmp_path).changed == 14
 
 
+def test_of_several_forms_the_one_that_is_trained_is_merged_into(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base", shards=True)
+    save_file({n: v * 2 for n, v in tensors(folder).items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("shards that an older save left", "an index without its shards"):
+        model = adapted(folder, tmp_path)
+        assert export.merge(Source("base", None, folder), tmp_path).changed == 14
+        wanted = model.get_base_model().state_dict()["model.norm.weight"]
+        assert torch.equal(tensors(tmp_path / "merged")["model.norm.weight"].float(), wanted), name
+        for shard in folder.glob("model-*.safetensors"):
+            shard.unlink()
+
+
 def test_learning_too_small_for_16_bits_is_counted(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "base")
     adapted(folder, tmp_path)
