@@ -7,6 +7,7 @@ go to the disk, and those that have arrived there are read back and compared.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
 import functools
@@ -300,15 +301,23 @@ def _index(paths: list[Path]) -> dict[str, Any]:
 def _write_configs(source: Source, base: Base, folder: Path) -> None:
     """config.json with the type of the weights, generation_config.json and the tokenizer, all the base's own."""
     config = json.loads((source.folder / "config.json").read_bytes())
-    kind = "float16" if config.get("dtype", config.get("torch_dtype")) == "float16" else "bfloat16"
     config.pop("torch_dtype", None)
-    config["dtype"] = kind
+    config["dtype"] = _main_dtype(base)
     files.write_json(folder / "config.json", config)
     _copy(source.folder, folder, (*TOKENIZER_FILES, "generation_config.json"))
     if not (folder / "generation_config.json").exists():
         from transformers import AutoConfig, GenerationConfig
 
         GenerationConfig.from_model_config(AutoConfig.from_pretrained(source.folder)).save_pretrained(folder)
+
+
+def _main_dtype(base: Base) -> str:
+    """The type that most merged weights have. What config.json says may be another one, in which they would be loaded and rounded."""
+    counts: collections.Counter[torch.dtype] = collections.Counter()
+    for shard in base.shards:
+        for name in shard.names:
+            counts[_merged_dtype(shard.dtypes[name])] += math.prod(shard.shapes[name])
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:

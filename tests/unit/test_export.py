@@ -125,6 +125,20 @@ def test_a_float32_base_becomes_bfloat16(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("said", ["float32", "bfloat16", None])
+def test_the_merged_config_says_the_type_that_the_weights_have(tmp_path: Path, said: str | None) -> None:
+    """Of some models, BLOOM's among them, config.json says nothing or float32, and the weights are float16."""
+    folder = tiny.model(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": said} if said else {k: v for k, v in config.items() if k != "dtype"}))  # fmt: skip
+    adapted(folder, tmp_path)
+    export.merge(Source("base", None, folder), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, value in tensors(tmp_path / "merged").items():
+        assert value.dtype == loaded[name].dtype == torch.float16 and torch.equal(value, loaded[name]), name
+
+
 def test_a_pytorch_bin_base(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "base")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
