@@ -57,6 +57,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, limit: i
     with torch.inference_mode(), autocast:
         produced = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=limit, do_sample=False,
+            num_beams=1, num_return_sequences=1,
             temperature=None, top_p=None, top_k=None, use_cache=True, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted(ends), streamer=streamer,
         )  # fmt: skip
