@@ -203,7 +203,8 @@ def _encode(as_text: Callable[[Row], tuple[str, list[tuple[int, int]]]], tokeniz
         ids, offsets = ids[:-1], offsets[:-1]
     cut = len(ids) + 1 > limit
     ids, offsets = ids[: limit - 1], offsets[: limit - 1]
-    trained = [not response or any(a <= start and end <= b and end > start for a, b in spans) for start, end in offsets]
+    # a BOS that the tokenizer adds is at (0, 0); white space may have no width, at its end: GPT-NeoX's tokenizer trims offsets
+    trained = [not response or any(a <= start and a < end <= b for a, b in spans) for start, end in offsets]
     labels = [token if use else IGNORED for token, use in zip(ids, trained, strict=True)]
     assert eos is not None
     return dict(input_ids=[*ids, tokenizer.eos_token_id], labels=[*labels, tokenizer.eos_token_id], truncated=cut)

@@ -213,6 +213,22 @@ def test_the_response_alone(tmp_path: Path, words: Any) -> None:
     assert words.decode(trained) == f"\nLet me think.\n</think>\nIt is this.{words.eos_token}"
 
 
+def test_white_space_of_the_response_is_trained_on_where_a_tokenizer_trims_offsets(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    made, rows = tiny.tokenizer("llama"), loaded(rows_file(tmp_path, [{**ROW, "Response": "def f():\n    return  発"}]))
+    trimming = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    made.backend_tokenizer.post_processor = processors.Sequence([trimming, made.backend_tokenizer.post_processor])
+    made.save_pretrained(tmp_path)
+    words = data.tokenizer(hub.Source("trimming", None, tmp_path))
+    offsets = words("a  b", add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert any(start == end for start, end in offsets)
+    row = tokens(rows, words, TRAIN_ON="response").dataset[0]
+    trained = [token for token in row["labels"] if token != data.IGNORED]
+    assert words.decode(trained) == "\nLet me think.\n</think>\ndef f():\n    return  発</s>"
+    assert row["labels"][0] == data.IGNORED and row["input_ids"][0] == words.bos_token_id
+
+
 def test_overlong_rows_are_cut_counted_and_still_end(tmp_path: Path, words: Any) -> None:
     long = {**ROW, "Response": "It is this. " * 100}
     made = tokens(loaded(rows_file(tmp_path, [ROW, long])), words, MAX_SEQ_LENGTH=300)
