@@ -73,7 +73,7 @@ def _template_file(settings: Settings) -> str:
     if settings.prompt_template is None:
         return TEMPLATE
     try:
-        return Path(settings.prompt_template).expanduser().read_text(encoding="utf-8").removesuffix("\n")
+        return Path(settings.prompt_template).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8"
         raise SettingsError(f"PROMPT_TEMPLATE={settings.prompt_template}: cannot be read ({why})") from None

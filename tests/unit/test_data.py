@@ -268,6 +268,8 @@ def test_a_template_of_ones_own(tmp_path: Path, words: Any) -> None:
     row = tokens(loaded(path, **own), words, **own, TRAIN_ON="response").dataset[0]
     assert words.decode(row["input_ids"], skip_special_tokens=True) == "Q: Why {}?\nA: Because."
     assert words.decode([t for t in row["labels"] if t != data.IGNORED], skip_special_tokens=True) == " Because."
+    (tmp_path / "template.txt").write_text("Q: {}\nA: {}\n", encoding="utf-8-sig")  # as editors on Windows do
+    assert tokens(loaded(path, **own), words, **own, TRAIN_ON="response").dataset[0] == row
     with pytest.raises(SettingsError, match=r"2 places \{\} for 3 columns"):
         data.template(settings(PROMPT_TEMPLATE=tmp_path / "template.txt"))
     with pytest.raises(SettingsError, match="cannot be read"):
