@@ -157,8 +157,9 @@ def _template_text(
     values = []
     for column in columns:
         value = row[column]
-        for token in special:
-            value = value.replace(token, "")
+        while any(token in value for token in special):  # what is left may be one again
+            for token in special:
+                value = value.replace(token, "")
         values.append(value)
     text, prompt = template.fill(values)
     return text, [(prompt, len(text))]

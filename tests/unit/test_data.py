@@ -192,6 +192,7 @@ def test_one_bos_one_eos_that_is_trained_on(tmp_path: Path, words: Any) -> None:
         **ROW,
         "Response": f"{words.bos_token or ''}It is this.{words.eos_token}",
         "Question": f"a{words.eos_token}b",
+        "Complex_CoT": f"{words.eos_token[0]}{words.eos_token}{words.eos_token[1:]}Let me think.",
     }
     made = tokens(loaded(rows_file(tmp_path, [ROW, literal])), words).dataset
     for ids, labels in zip(made["input_ids"], made["labels"], strict=True):
