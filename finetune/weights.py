@@ -156,10 +156,25 @@ def _tensor_of(module: str, part: str, base: Base, shape: tuple[int, ...]) -> st
 
 
 def check_mergeable(model: PeftModel, source: Source) -> None:
-    """Before training: every adapted module has its tensor in the base. Raises SettingsError where one has not."""
+    """Before training: every adapted module has its tensor in the base. Raises SettingsError that names those without."""
+    from peft.tuners.lora.layer import ParamWrapper
+
     base = Base(source.folder)
     conv = _transposed_modules(source.folder)
+    found, lost = set(), set()
     for key, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
             shape = (module.out_features, module.in_features)
-            _tensor_of(key, "weight", base, shape[::-1] if key in conv else shape)
+            name = key.removesuffix(".base_layer").rpartition(".")[2]
+            try:
+                _tensor_of(key, "weight", base, shape[::-1] if key in conv else shape)
+                if not isinstance(module, ParamWrapper):  # which no name in TARGET_MODULES makes
+                    found.add(name)
+            except SettingsError:
+                lost.add(name)
+    if lost:
+        rest = ",".join(sorted(found - lost))
+        raise SettingsError(
+            f"TARGET_MODULES: {source.name} stores the weights of {', '.join(sorted(lost))} in another form than the model uses, so that "
+            f"the merge cannot find them; leave them out{rest and f', for example TARGET_MODULES={rest}'}, or set SAVE_MERGED=0"
+        )

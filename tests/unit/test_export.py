@@ -116,6 +116,14 @@ def test_blocks_are_parts_of_the_float64_sum(
         assert torch.equal(merged[name], wanted), name
 
 
+def test_experts_that_are_stored_one_by_one_are_refused_with_what_remains(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    with pytest.raises(SettingsError, match=r"weights of experts in .* for example TARGET_MODULES=k_proj,o_proj,q_proj,v_proj, or set SAVE_MERGED=0$"):  # fmt: skip
+        adapted(folder, tmp_path)
+    adapted(folder, tmp_path, target_modules=["k_proj", "q_proj"])
+    assert export.merge(Source("base", None, folder), tmp_path).changed == 4
+
+
 def test_a_float32_base_becomes_bfloat16(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder)
