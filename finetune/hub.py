@@ -155,6 +155,17 @@ def fetch_model(settings: Settings) -> Source:
     """
     if problem := missing(settings):
         raise SettingsError(problem)
+    source = _fetched(settings)
+    if (source.folder / "adapter_config.json").is_file():
+        # transformers would load it too, and the merge would add to the weights without it
+        raise SettingsError(
+            f"MODEL_NAME={source.name}: holds an adapter (adapter_config.json) beside the model, and it is not clear which of them is "
+            "meant; name the model alone, or one that the adapter is merged into"
+        )
+    return source
+
+
+def _fetched(settings: Settings) -> Source:
     name = settings.model_name
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -130,3 +130,11 @@ def test_a_layer_that_takes_no_adapter_is_refused_by_the_setting_s_name(tmp_path
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
     with pytest.raises(SettingsError, match=r"TARGET_MODULES=all-linear: .*out_proj"):
         engine.load(settings, hub.Source(str(mamba), None, mamba))
+def test_an_adapter_beside_the_model_is_refused(broken: Callable[..., hub.Source]) -> None:
+    """transformers would train on top of it, and the merge would lack it."""
+    source = broken()
+    settings = Settings.from_env({"MODEL_NAME": source.name})
+    assert hub.fetch_model(settings).folder == source.folder
+    (source.folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(SettingsError, match=r"MODEL_NAME=.*holds an adapter \(adapter_config\.json\) beside the model"):
+        hub.fetch_model(settings)
