@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -27,12 +28,16 @@ IGNORED = -100  # label that the loss leaves out
 
 
 def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with a PAD in memory that is not its EOS; its files are never changed.
+    """The model's own tokenizer, with a PAD in memory that the model knows and, where there is another, is not its EOS.
 
-    Raises SettingsError where it cannot be loaded, or has no EOS.
+    Its files are never changed. Raises SettingsError where it cannot be loaded, or has no EOS.
     """
     from transformers import AutoTokenizer
 
+    config = source.config()
+    text = config.get("text_config", config)  # of a model that takes pictures too
+    size = text.get("vocab_size") if isinstance(text, dict) else None
+    known = size if isinstance(size, int) else math.inf
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder)
     except Exception as error:  # it reads config.json too, and an odd one may raise anything
@@ -43,15 +48,15 @@ def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
         raise SettingsError(
             f"MODEL_NAME={source.name}: its tokenizer has no EOS token, so a model could never end an answer"
         )
-    if loaded.pad_token_id is None or loaded.pad_token_id == loaded.eos_token_id:
-        # any special token will do that is neither: its label is always IGNORED
+    if loaded.pad_token_id is None or loaded.pad_token_id == loaded.eos_token_id or loaded.pad_token_id >= known:
+        # any special token will do that is neither, and that the model knows: its label is always IGNORED
         taken = {loaded.eos_token, loaded.bos_token}
         special = [
-            t for t in [*map(str, loaded.added_tokens_decoder.values()), loaded.unk_token] if t and t not in taken
-        ]
+            t for t in [*map(str, loaded.added_tokens_decoder.values()), loaded.unk_token]
+            if t and t not in taken and loaded.convert_tokens_to_ids(t) < known
+        ]  # fmt: skip
         likely = sorted(special, key=lambda t: (not re.search("pad", t, re.IGNORECASE), "reserved" not in t))
-        if likely:
-            loaded.pad_token = likely[0]
+        loaded.pad_token = likely[0] if likely else loaded.eos_token
     return loaded
 
 

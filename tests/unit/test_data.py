@@ -208,6 +208,19 @@ def test_pad_is_not_eos(words: Any) -> None:
     assert words.pad_token_id is not None and words.pad_token_id != words.eos_token_id
 
 
+def test_a_pad_that_the_model_does_not_know_is_not_used(tmp_path: Path) -> None:
+    """Fine-tuners add one to the tokenizer and forget the embedding; the first update with two rows read beyond its end."""
+    made = tiny.tokenizer("llama")
+    size = len(made)
+    made.add_special_tokens({"pad_token": "<pad>"})
+    made.save_pretrained(tmp_path)
+    for config in ({"vocab_size": size}, {"text_config": {"vocab_size": size}}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        assert data.tokenizer(hub.Source("base", None, tmp_path)).pad_token == "<|reserved_0|>"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": size + 1}))
+    assert data.tokenizer(hub.Source("base", None, tmp_path)).pad_token == "<pad>"
+
+
 def test_the_response_alone(tmp_path: Path, words: Any) -> None:
     row = tokens(loaded(rows_file(tmp_path, [ROW])), words, TRAIN_ON="response").dataset[0]
     trained = [token for token in row["labels"] if token != data.IGNORED]
