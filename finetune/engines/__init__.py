@@ -224,8 +224,11 @@ def check_fits(model: PeftModel, settings: Settings, tokens: Tokens) -> None:
             f"MODEL_NAME={settings.model_name}: its tokenizer makes token {tokens.largest}, and the model has {words.num_embeddings}; "
             "take the tokenizer that belongs to the model"
         )
-    learned = ("wpe", "embed_positions", "position_embeddings")  # where positions are not computed
-    tables = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding) and name.endswith(learned)]
+    # where positions are not computed, or once and for all
+    learned = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    computed = [name for name, _ in model.named_buffers()]
+    tables = [name for name in embeddings + computed if name.endswith(learned)]
     limit = model.config.get_text_config().max_position_embeddings if tables else math.inf
     if tokens.longest > limit:
         raise SettingsError(

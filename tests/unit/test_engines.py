@@ -130,6 +130,16 @@ def test_a_layer_that_takes_no_adapter_is_refused_by_the_setting_s_name(tmp_path
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
     with pytest.raises(SettingsError, match=r"TARGET_MODULES=all-linear: .*out_proj"):
         engine.load(settings, hub.Source(str(mamba), None, mamba))
+@pytest.mark.parametrize(("kind", "sizes"), [("gptj", dict(rotary_dim=8)), ("openai-gpt", {})])
+def test_positions_that_are_computed_once_are_known_too(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
+    folder = tiny.model(tmp_path / kind, kind, max_position_embeddings=64, **sizes)
+    settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
+    model = engine.load(settings, hub.Source(kind, None, folder))
+    engines.check_fits(model, settings, SimpleNamespace(longest=64, largest=900))  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="for example MAX_SEQ_LENGTH=64"):
+        engines.check_fits(model, settings, SimpleNamespace(longest=65, largest=900))  # type: ignore[arg-type]
+
+
 def test_an_adapter_beside_the_model_is_refused(broken: Callable[..., hub.Source]) -> None:
     """transformers would train on top of it, and the merge would lack it."""
     source = broken()
