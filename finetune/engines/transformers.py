@@ -116,6 +116,9 @@ def recompute(model: PeftModel, arguments: Any, count: int) -> None:
 
 
 def _layers(model: PeftModel) -> list[Any]:
+    """Those that can be recomputed: none where the architecture says that it cannot."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if not model.get_base_model().supports_gradient_checkpointing:
+        return []
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

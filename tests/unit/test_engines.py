@@ -140,6 +140,19 @@ def test_positions_that_are_computed_once_are_known_too(tmp_path: Path, kind: st
         engines.check_fits(model, settings, SimpleNamespace(longest=65, largest=900))  # type: ignore[arg-type]
 
 
+def test_layers_that_peft_refuses_are_named(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "mamba", "mamba", state_size=8)
+    settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
+    with pytest.raises(SettingsError, match=r"TARGET_MODULES=all-linear: .*'out_proj' is incompatible.*which are dt_proj,in_proj,out_proj,x_proj$"):  # fmt: skip
+        engine.load(settings, hub.Source("mamba", None, folder))
+
+
+def test_an_architecture_that_cannot_recompute_does_not(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "jetmoe", "jetmoe", num_local_experts=4, kv_channels=16)
+    settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "kv_proj"})
+    assert engine.layers(engine.load(settings, hub.Source("jetmoe", None, folder))) == 0
+
+
 def test_an_adapter_beside_the_model_is_refused(broken: Callable[..., hub.Source]) -> None:
     """transformers would train on top of it, and the merge would lack it."""
     source = broken()
