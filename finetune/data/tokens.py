@@ -44,6 +44,11 @@ def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
         raise SettingsError(
             f"MODEL_NAME={source.name}: its tokenizer or config.json cannot be loaded ({first_line(error)})"
         ) from None
+    if not loaded.is_fast:
+        raise SettingsError(
+            f"MODEL_NAME={source.name}: its tokenizer ({type(loaded).__name__}) does not tell which characters a token stands for; take "
+            "a model that has a tokenizer.json"
+        )
     if loaded.eos_token_id is None:
         raise SettingsError(
             f"MODEL_NAME={source.name}: its tokenizer has no EOS token, so a model could never end an answer"

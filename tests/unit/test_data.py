@@ -208,6 +208,16 @@ def test_pad_is_not_eos(words: Any) -> None:
     assert words.pad_token_id is not None and words.pad_token_id != words.eos_token_id
 
 
+def test_a_tokenizer_that_knows_no_places_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "ctrl"}')
+    (tmp_path / "vocab.json").write_text('{"<unk>": 0, "a</w>": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    named = dict(tokenizer_class="CTRLTokenizer", eos_token="a</w>", unk_token="<unk>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(SettingsError, match=r"MODEL_NAME=base: its tokenizer \(CTRLTokenizer\) does not tell"):
+        data.tokenizer(hub.Source("base", None, tmp_path))
+
+
 def test_a_pad_that_the_model_does_not_know_is_not_used(tmp_path: Path) -> None:
     """Fine-tuners add one to the tokenizer and forget the embedding; the first update with two rows read beyond its end."""
     made = tiny.tokenizer("llama")
