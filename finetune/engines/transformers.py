@@ -14,6 +14,7 @@ from finetune.hub import Source
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
     from finetune.engines.compiled import Packed
@@ -65,9 +66,28 @@ def load(settings: Settings, source: Source) -> PeftModel:
     )  # fmt: skip
     try:
         adapted: PeftModel = get_peft_model(model, config)
-    except ValueError as error:  # layers that a kernel reads past the adapter, as Mamba's out_proj
-        raise SettingsError(f"TARGET_MODULES={','.join(settings.target_modules)}: {first_line(error)}") from None
+    except ValueError as error:  # some layers it knows to be of no use, or only together
+        some = ",".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise SettingsError(
+            f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} cannot be adapted so "
+            f"({first_line(error)}); name other ones of its linear layers, which are {some}"
+        ) from None
+    if model.config.model_type not in engines.COMPILED_TYPES:  # with which all of it is known to go together
+        _try(adapted, dtype, source)
     return engines.begin_adapter(adapted, settings.seed)
+
+
+def _try(model: PeftModel, dtype: torch.dtype, source: Source) -> None:
+    """A few tokens through the model. Only that tells of some architectures that they cannot be had in 4 bits, or with an adapter there."""
+    import torch
+
+    ids = torch.ones(1, 8, dtype=torch.long, device=model.device)
+    remedy = "try LOAD_IN_4BIT=0 or fewer TARGET_MODULES, or take another model"
+    lower = torch.autocast("cuda", dtype, enabled=torch.cuda.is_available() and dtype is not torch.float32)
+    model.eval()
+    with engines.loading(source, remedy), torch.no_grad(), lower:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    model.train()
 
 
 def _linear(module: Any) -> bool:

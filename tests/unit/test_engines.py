@@ -147,6 +147,15 @@ def test_layers_that_peft_refuses_are_named(tmp_path: Path) -> None:
         engine.load(settings, hub.Source("mamba", None, folder))
 
 
+def test_a_model_that_cannot_be_computed_so_is_refused_before_training(tmp_path: Path) -> None:
+    """Mamba multiplies with the weight of a layer itself, which in 4 bits is no matrix."""
+    folder = tiny.model(tmp_path / "mamba", "mamba", state_size=8)
+    named = {"TARGET_MODULES": "in_proj,x_proj"}
+    with pytest.raises(SettingsError, match=r"MODEL_NAME=mamba: cannot be .*try LOAD_IN_4BIT=0"):
+        engine.load(Settings.from_env({"LOAD_IN_4BIT": "1", **named}), hub.Source("mamba", None, folder))
+    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0", **named}), hub.Source("mamba", None, folder))
+
+
 def test_an_architecture_that_cannot_recompute_does_not(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "jetmoe", "jetmoe", num_local_experts=4, kv_channels=16)
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "kv_proj"})
