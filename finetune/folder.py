@@ -94,6 +94,8 @@ def identity(settings: Settings, decides: Mapping[str, Any]) -> dict[str, Any]:
 
 def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None:
     """Make `output` this run's. With OVERWRITE the old run goes now, when all that can refuse the new one has been asked."""
+    # where it is, the run counts as complete: not from here on, also where only the merged weights were lacking
+    (output / "run.json").unlink(missing_ok=True)
     if settings.overwrite:
         for name in (*PRODUCTS, *(f"{name}.partial" for name in PRODUCTS)):
             path = output / name

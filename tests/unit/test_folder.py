@@ -79,3 +79,14 @@ def test_overwrite_takes_nothing_away_before_all_that_can_refuse_has(
     assert all((tmp_path / name).read_text() == "old" for name in old)
     folder.claim(settings(tmp_path, OVERWRITE="1"), tmp_path, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
+
+
+def test_a_run_that_is_being_completed_does_not_count_as_complete(tmp_path: Path) -> None:
+    """Killed between the merged weights and run.json, it would be complete for good, with a record that lacks them."""
+    folder.claim(settings(tmp_path), tmp_path, {})
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    assert not folder.begin(settings(tmp_path), tmp_path, {})
+    folder.claim(settings(tmp_path), tmp_path, {})
+    (tmp_path / "merged").mkdir()
+    assert not folder.begin(settings(tmp_path), tmp_path, {})
