@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from finetune import __version__, command, libraries
-from finetune.errors import Refusal
+from finetune.errors import Refusal, of_machine
 from finetune.settings import Settings, reference
 
 
@@ -39,10 +38,9 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it ends
         code, problems = 128 + signal.SIGPIPE, ["whatever read the output has closed it, and the run has ended with it"]
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (problem := of_machine(error)) is None:
             raise
-        full = f"the disk is full{f' for {error.filename}' if error.filename else ''}"
-        code, problems = 3, [f"{full}; make room, and the same command goes on from the last checkpoint"]
+        code, problems = 3, [problem]
     print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
     return code
 

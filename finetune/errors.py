@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
+
+FULL = "make room, and the same command goes on from the last checkpoint"
+CLOSED = "it belongs to somebody else, or is mounted read-only; run as its owner, or open it (chmod -R a+rwX)"
+FILES = "raise the limit, for example ulimit -n 4096"
+# what a machine may refuse to any program that opens or writes a file, and the remedy
+REMEDIES = {
+    errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: "raise the limit (ulimit -f), or use a disk that takes larger files",
+    errno.EACCES: CLOSED, errno.EPERM: CLOSED, errno.EROFS: CLOSED, errno.EMFILE: FILES, errno.ENFILE: FILES,
+}  # fmt: skip
+
+
+def of_machine(error: OSError) -> str | None:
+    """The sentence for what the machine refused; None: another error, which is a bug."""
+    if (remedy := REMEDIES.get(error.errno or 0)) is None:
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{f' for {error.filename}' if error.filename else ''}; {remedy}"
+    return f"{f'{error.filename}: ' if error.filename else ''}{os.strerror(error.errno or 0)}; {remedy}"
 
 
 def first_line(error: Exception) -> str:

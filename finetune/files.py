@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from finetune.errors import Refusal
 
 PIECE = 2**24  # bytes; a thread asks for the GIL after each, and waits up to 5 ms for it while another imports
 
@@ -29,6 +35,25 @@ def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """What libraries write below `folder`: a full disk is told as the system does, whatever they make of it.
+
+    safetensors puts the system's error into its text, and torch.save tells of it as of a bug of its own.
+    """
+    try:
+        yield
+    except (OSError, Refusal):
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found and int(found[1]) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**20))  # raises where there is no room
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

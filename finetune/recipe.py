@@ -7,7 +7,21 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import answer, console, data, engines, export, folder, hub, inputs, preflight, report, train, weights
+from finetune import (
+    answer,
+    console,
+    data,
+    engines,
+    export,
+    files,
+    folder,
+    hub,
+    inputs,
+    preflight,
+    report,
+    train,
+    weights,
+)
 from finetune.settings import Settings
 
 
@@ -16,7 +30,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     clock, output, visible = report.Clock(), Path(settings.output_dir), preflight.gpus(environ)
     print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
     hub.login(settings)
-    with folder.locked(output):
+    with folder.locked(output), files.told(output):
         train_in(output, clock, visible, settings, environ, recorded)
     hub.publish(settings)
 
