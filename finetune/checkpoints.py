@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from finetune import files
@@ -15,19 +16,38 @@ def folders(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files have the sha256 they were written with; a damaged one is named and passed over."""
+    """The newest checkpoint whose files have the sha256 they were written with; a damaged one is named and taken away.
+
+    Under its name the update is saved anew, and being the newer one it would outlive those that are whole.
+    """
+    remove(folder / "partial")  # a kill may have left it
     for path in reversed(folders(folder)):
-        try:
-            expected = json.loads((path / "sha256.json").read_bytes())
-        except (OSError, ValueError):
-            print(f"{path}: has no readable list of hashes; the checkpoint before it is used", flush=True)
-            continue
-        found = files.digests(path, [name for name in expected if (path / name).is_file()])
-        damaged = sorted(name for name in expected if found.get(name) != expected[name])
-        if not damaged:
+        if (problem := _problem(path)) is None:
             return path
-        print(f"{path}: damaged or missing: {', '.join(damaged)}; the checkpoint before it is used", flush=True)
+        print(f"{path}: {problem}; it is removed, and the checkpoint before it is used", flush=True)
+        remove(path)
     return None
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None: nothing."""
+    try:
+        expected = dict(json.loads((checkpoint / "sha256.json").read_bytes()))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError):
+        expected = {}
+    if not expected:
+        return "has no readable list of hashes"
+    found = files.digests(checkpoint, [name for name in expected if (checkpoint / name).is_file()])
+    damaged = sorted(name for name in expected if found.get(name) != expected[name])
+    return f"damaged or missing: {', '.join(damaged)}" if damaged else None
+
+
+def remove(path: Path) -> None:
+    """Take a checkpoint away; where it is a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_last(checkpoint: Path) -> bool:

@@ -265,7 +265,7 @@ class OurTrainer(SFTTrainer):
         files.publish(written, self.folder / name)
         shutil.rmtree(self.folder / "partial", ignore_errors=True)
         for old in checkpoints.folders(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
+            checkpoints.remove(old)
         self.clock = time.perf_counter()
 
 

@@ -175,9 +175,36 @@ def test_each_damage_to_a_checkpoint_is_named(
     assert checkpoints.newest(folder) == older
     said = capsys.readouterr().out
     problem = "has no readable list of hashes" if damage == "unlisted" else f"damaged or missing: {target.name}"
-    assert f"{newest}: {problem}; the checkpoint before it is used" in said
+    assert f"{newest}: {problem}; it is removed, and the checkpoint before it is used" in said
     (older / "optimizer.pt").write_bytes(b"")
     assert checkpoints.newest(folder) is None and f"{older}: damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "5", "null", '["optimizer.pt"]', "[" * 100_000])
+def test_a_list_of_hashes_that_is_none_is_damage(tmp_path: Path, content: str) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
+    (tmp_path / "checkpoint-3" / "sha256.json").write_text(content)
+    (tmp_path / "checkpoint-4").symlink_to(tmp_path / "gone")
+    assert checkpoints.newest(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_saved_anew_and_no_whole_one_goes_for_it(
+    llama: Path, tmp_path: Path, undisturbed_folder: Path
+) -> None:
+    shutil.copytree(undisturbed_folder / "checkpoints", tmp_path / "checkpoints")
+    for damaged in checkpoints.folders(tmp_path / "checkpoints"):
+        (damaged / "optimizer.pt").write_bytes(b"")
+    values = {**LONG, "SAVE_TOTAL_LIMIT": 1}
+    process = start(llama, tmp_path, **values)
+    read_until(process, "step 5/12")
+    process.kill()
+    process.communicate()
+    found = checkpoints.newest(tmp_path / "checkpoints")
+    assert found is not None and found.name == "checkpoint-3"
+    train(llama, tmp_path, **values)
+    found = checkpoints.newest(tmp_path / "checkpoints")
+    assert found is not None and found.name == "checkpoint-12"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
