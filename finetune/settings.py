@@ -241,7 +241,8 @@ class Declaration:
         """The value the user gave, or None. Raises ValueError with the whole sentence for the user."""
         raw = _unquote(environ.get(self.name, ""))
         if any("\ud800" <= letter <= "\udfff" for letter in raw):  # how Python keeps bytes that are no UTF-8
-            raise ValueError(f"{self.name}={ascii(raw)[1:-1]}: not UTF-8; set it where UTF-8 is written")
+            shown = "" if self.secret else f"={ascii(raw)[1:-1]}"
+            raise ValueError(f"{self.name}{shown}: not UTF-8; set it where UTF-8 is written")
         if not self.secret:
             return self.parse(raw) if raw else None
         if self.name in command_line:

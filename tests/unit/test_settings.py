@@ -134,7 +134,7 @@ def test_secrets_never_show() -> None:
     shown = repr(s) + str(s.record()) + str(s.deciding()) + repr(Secret("hf_abc"))
     assert "hf_abc" not in shown and "'key'" not in shown and "HF_TOKEN" not in s.record()
     assert "hf_abc" not in refused({}, {"HF_TOKEN": "hf_abc"})
-    assert "hf_a" not in refused({"HF_TOKEN": "hf_a b"})
+    assert "hf_a" not in refused({"HF_TOKEN": "hf_a b"}) + refused({"HF_TOKEN": "hf_a\udcff"})
 
 
 def test_a_push_needs_name_and_token_before_anything_else() -> None:
