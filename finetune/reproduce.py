@@ -67,11 +67,13 @@ def restore(path: Path, layered: Mapping[str, str], line: Mapping[str, str]) -> 
     beside = original.with_name(f"{original.name}-reproduced") if path.name == "run.json" else original / f"{path.stem}-reproduced"  # fmt: skip
     settings["OUTPUT_DIR"] = str(beside)
     restored = {**settings, **line}
-    output, place = Path(restored["OUTPUT_DIR"]).resolve(), original.resolve()
+    # as the run will have it: without quotes and ~, or the default
+    given = Settings.from_env({}, {"OUTPUT_DIR": restored["OUTPUT_DIR"]}).output_dir
+    output, place = Path(given).resolve(), original.resolve()
     # a record under another name lies in a folder of records, and not in that of its run
     if output == place or (path.name == "run.json" and output.is_relative_to(place)):
         raise SettingsError(
-            f"OUTPUT_DIR={restored['OUTPUT_DIR']}: is the folder of the recorded run or lies in it, and that stays as it is; give "
+            f"OUTPUT_DIR={given}: is the folder of the recorded run or lies in it, and that stays as it is; give "
             f"another one, for example OUTPUT_DIR={beside}"
         )
     return kept, restored

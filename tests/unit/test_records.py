@@ -70,6 +70,19 @@ def test_the_folder_of_the_record_is_never_written_to(tmp_path: Path, given: str
     assert beside == f"{tmp_path}-2"
 
 
+@pytest.mark.parametrize("given", ["~/outputs", "'~/outputs'", '"{}"', ""])
+def test_the_folder_of_the_record_is_known_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """A shell leaves ~ behind a = as it is, and an empty value is the default."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    path = written(tmp_path / "outputs", record())
+    with pytest.raises(SettingsError, match="folder of the recorded run"):
+        reproduce.restore(path, {}, {"OUTPUT_DIR": given.format(path.parent)})
+
+
 def test_nothing_is_pushed(tmp_path: Path) -> None:
     path = written(tmp_path, record())
     with pytest.raises(SettingsError, match="publishes nothing"):
