@@ -6,6 +6,8 @@ Only what they use is looked at: a record of the same version that holds more, o
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,11 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: has schema_version {version}, and this program reads {SCHEMA_VERSION}. Use the program that wrote it "
             f"(version {made.get('program')}, revision {made.get('revision')}), or record the run again with this one."
         )
-    if problems := [f"{path}: {problem}" for problem in _wrong(record, EXAMPLE)]:
+    problems = [f"{path}: {problem}" for problem in _wrong(record, EXAMPLE)]
+    if not problems:
+        odd = [name for name in record["files"] if Path(name).is_absolute() or ".." in Path(name).parts]
+        problems = [f"{path}: files holds {name}; it takes names below its folder" for name in odd]
+    if problems:
         raise SettingsError(*problems, f"{path}: is not a whole record; take a copy as a run wrote it")
     return record
 
@@ -82,6 +88,10 @@ def _wrong(value: Any, example: Any, name: str = "") -> Iterator[str]:
         words, types = KINDS[type(example)]
         # to Python true is a whole number too
         fits = isinstance(value, types) and isinstance(value, bool) == isinstance(example, bool)
+        if isinstance(value, str):
+            fits = fits and not re.search("[\0\ud800-\udfff]", value)  # which no variable and no path can hold
+        elif fits:
+            fits = abs(value) <= sys.float_info.max  # NaN is not
         if not fits or (type(example) is int and value < example):
             yield f"{name} is {_shown(value)}; it takes {words}, for example {json.dumps(example)}"
 

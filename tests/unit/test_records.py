@@ -168,7 +168,7 @@ def test_a_run_json_that_is_no_record_is_named(content: str | bytes, tmp_path: P
         ("model.files", {"config.json": 5}), ("model.commit", {}), ("dataset.messages", 0), ("training.plan", 5),
         ("training.plan.micro_batch", 0), ("training.plan.accumulation", True), ("training.plan.layers", "30"),
         ("training.plan.forecast_gib", "1"), ("training.losses", ["a"]), ("training.losses", [1.5, None]), ("training.losses", {}),
-        ("environment.cpu_threads", 0), ("environment.variables", {"SEED": 1}), ("files", []), ("files", {"a": None}),
+        ("environment.cpu_threads", 0), ("environment.variables", {"SEED": 1}), ("files", []), ("files", {"a": None}), ("files", {"/etc/passwd": {"sha256": SHA, "bytes": 1}}), ("files", {"a/../../b": {"sha256": SHA, "bytes": 1}}),
         ("files", {"a": {}}), ("files", {"a": {"sha256": SHA, "bytes": "1"}}), ("files", {"a": {"sha256": 1, "bytes": 1}}),
     ],
 )  # fmt: skip
@@ -190,6 +190,23 @@ def test_a_damaged_part_is_named_by_all_who_read_it_and_by_the_schema(part: str,
     check()
     del inside[last]
     check()
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("training.losses", [float("nan")]), ("training.losses", [1.5, float("inf")]), ("training.losses", [10**400]),
+        ("environment.variables", {"MKL_CBWR": "\0"}), ("environment.variables", {"MKL_CBWR": "\ud800"}),
+    ],
+)  # fmt: skip
+def test_what_json_can_hold_and_no_run_can_write_is_named(part: str, value: Any, tmp_path: Path) -> None:
+    """NaN passed any TOLERANCE where it was not the first difference."""
+    whole = record()
+    outer, last = part.split(".")
+    whole[outer][last] = value
+    written(tmp_path, whole)
+    with pytest.raises(SettingsError, match=rf"run\.json: {part}.* it takes a"):
+        folder.finished(tmp_path)
 
 
 def test_recorded_runs_are_read() -> None:
