@@ -66,8 +66,8 @@ def dotenv(path: Path) -> dict[str, str]:
 
 
 def layers(file: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` over the .env file; an empty variable is an unset one."""
-    return {**file, **{name: value for name, value in environ.items() if value}}
+    """`environ` over the .env file; an empty variable is an unset one, but for the one that so hides every GPU."""
+    return {**file, **{name: value for name, value in environ.items() if value or name == "CUDA_VISIBLE_DEVICES"}}
 
 
 def variables(settings: Settings, layered: Mapping[str, str]) -> dict[str, str]:

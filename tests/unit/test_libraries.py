@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.libraries import CACHES
+from finetune.libraries import CACHES, layers, variables
+from finetune.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 # root may write everywhere, so it becomes someone else first, after the imports that need its Python
@@ -98,3 +99,12 @@ def test_a_hub_cache_that_can_only_be_read_is_read(place: Path) -> None:
     assert len(said) == 2 and f"{place}/closed/hub" in said[1]
     said, variables = resolved(place, HOME=place / "open", HF_HOME=place / "closed", HF_HUB_CACHE=place / "open")
     assert variables["HF_HUB_CACHE"] == f"{place}/open" and len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"), [({}, "0"), ({"CUDA_VISIBLE_DEVICES": ""}, ""), ({"CUDA_VISIBLE_DEVICES": "1,0"}, "1")]
+)
+def test_one_gpu_is_seen_and_none_where_all_are_hidden(given: dict[str, str], seen: str) -> None:
+    layered = layers({}, {"HOME": "/tmp", "HF_HOME": "", **given})
+    assert "HF_HOME" not in layered
+    assert variables(Settings.from_env(layered), layered)["CUDA_VISIBLE_DEVICES"] == seen
