@@ -27,6 +27,7 @@ from finetune.settings import Settings
 
 def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record | None = None) -> None:
     """Train, verify, record, publish if asked; a complete run is only published. recorded: a run.json with the same inputs."""
+    console.beat("starting")  # in a container that was started again, the last beat is that of the run before
     clock, output, visible = report.Clock(), Path(settings.output_dir), preflight.gpus(environ)
     print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
     hub.login(settings)

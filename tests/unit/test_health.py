@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from finetune import console
+from finetune import console, recipe
+from finetune.errors import Refusal
+from finetune.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("healthcheck", ROOT / "docker/healthcheck.py")
+assert spec is not None and spec.loader is not None
+healthcheck = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(healthcheck)
 
 
 @pytest.mark.parametrize(
@@ -25,10 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_check_reads_what_the_run_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, timeout: float, later: float, verdict: tuple[int, str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("healthcheck", ROOT / "docker/healthcheck.py")
-    assert spec is not None and spec.loader is not None
-    healthcheck = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(healthcheck)
     environ = {"FINETUNE_STATE_DIR": str(tmp_path)}
     assert healthcheck.verdict(environ, 0) == (0, "no run here yet")
     monkeypatch.setattr(console, "_state", None)
@@ -36,3 +38,17 @@ def test_the_check_reads_what_the_run_writes(
     console.beat(phase)
     began = json.loads((tmp_path / "heartbeat.json").read_text())["time"]
     assert healthcheck.verdict(environ, began + later) == verdict
+
+
+def test_a_run_that_begins_is_not_taken_for_the_one_that_hung_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `docker restart` keeps /tmp: loading again takes longer than the last beat may be old
+    monkeypatch.setattr(console, "_state", None)
+    console.beat_in(tmp_path, 60)
+    (tmp_path / "heartbeat.json").write_text('{"phase": "training", "time": 0, "timeout": 60}')
+    environ = {"FINETUNE_STATE_DIR": str(tmp_path)}
+    assert healthcheck.verdict(environ, 61)[0] == 1
+    with pytest.raises(Refusal):
+        recipe.run(Settings.from_env({"MODEL_NAME": str(tmp_path), "OUTPUT_DIR": str(tmp_path / "out")}), {})
+    assert healthcheck.verdict(environ, 61)[0] == 0
