@@ -213,7 +213,7 @@ def test_what_compose_asks_for_is_enough(image: Image, models: Path, open_folder
     assert service.pop("secrets") == ["hf_token"]
     (name,) = service.pop("environment")
     words += ["-v", f"{tmp_path / 'token'}:/run/secrets/hf_token:ro", "-e", f"{name}=/run/secrets/hf_token"]
-    assert set(service) == {"image", "build", "env_file", "deploy"}
+    assert set(service) == {"image", "env_file", "deploy"}
     tiny = options(models, open_folder, HF_HUB_OFFLINE="1", MAX_STEPS="1")[4:]
     log = clean(image.run(options=(*words, "-v", f"{models}:/models:ro", *tiny), timeout=280))
     assert "step 1/1" in log and "the token is not checked" in log
