@@ -82,7 +82,7 @@ def test_configuration(image: Image) -> None:
     config = image.inspect()["Config"]
     assert config["User"] == "1000:1000"
     assert config["Cmd"] == ["train"]
-    assert config["Entrypoint"] == ["/usr/bin/tini", "--", "python", "/app/entrypoint.py"]
+    assert config["Entrypoint"] == ["/usr/bin/tini", "-s", "--", "python", "/app/entrypoint.py"]
     assert set(config["Volumes"]) == {"/outputs", "/cache"}
     assert config["Healthcheck"]["Test"][-1] == "/app/healthcheck.py"
 
@@ -197,6 +197,12 @@ def test_override_cmd(image: Image) -> None:
     # as official-images/test/tests/override-cmd
     done = image.run("echo", "Hello World!")
     assert (done.returncode, done.stdout) == (0, "Hello World!\n")
+
+
+@pytest.mark.parametrize("option", ["--init", "--pid=host"])
+def test_another_first_process_is_no_reason_to_warn(image: Image, option: str) -> None:
+    done = image.run("--version", options=(option,))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_utc(image: Image) -> None:
