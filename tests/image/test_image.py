@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -67,6 +68,29 @@ def test_a_snapshot_is_taken_or_the_build_stops(image: Image, tmp_path: Path) ->
         assert built.stdout == f"{asked}\n"
     else:
         assert f"APT_SNAPSHOT={asked}: apt could not update" in done.stdout + done.stderr
+
+
+def test_packages_are_not_installed_again_for_another_change(image: Image, tmp_path: Path) -> None:
+    if "FINETUNE_IMAGE" in image.environ:
+        pytest.skip("the image under test was not built here")
+    context = tmp_path / "context"
+    for name in ("docker", "finetune", "scripts"):
+        shutil.copytree(ROOT / name, context / name)
+    for name in ("entrypoint.py", "LICENSE"):
+        shutil.copy(ROOT / name, context / name)
+
+    def install() -> str:
+        script = '. scripts/image_arguments.sh; "$docker" build -q --target install -f docker/Dockerfile "${arguments[@]}" "${secrets[@]}" .'
+        done = subprocess.run(["bash", "-euc", script], cwd=context, env=image.environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    shutil.copy(ROOT / "pyproject.toml", context)
+    before = install()
+    for file in (*(context / "docker").glob("*.py"), context / "docker/prune.txt", context / "scripts/sbom.py"):
+        with file.open("a") as stream:
+            stream.write("\n# another line\n")
+    assert install() == before
 
 
 def test_a_second_build_holds_the_same_files(image: Image) -> None:
