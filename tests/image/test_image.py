@@ -70,6 +70,14 @@ def test_a_snapshot_is_taken_or_the_build_stops(image: Image, tmp_path: Path) ->
         assert f"APT_SNAPSHOT={asked}: apt could not update" in done.stdout + done.stderr
 
 
+def test_every_step_that_installs_debian_packages_takes_the_snapshot() -> None:
+    # no apt that knows snapshots is at hand, so this is read and not run
+    steps = re.split(r"^(?=[A-Z]+ )", (ROOT / "docker/Dockerfile").read_text().replace("\\\n", ""), flags=re.M)
+    installing = [step for step in steps if step.startswith("RUN ") and "apt-get" in step]
+    assert len(installing) == 2
+    assert all('--snapshot "$APT_SNAPSHOT"' in step and '"$@" update' in step for step in installing)
+
+
 def test_packages_are_not_installed_again_for_another_change(image: Image, tmp_path: Path) -> None:
     if "FINETUNE_IMAGE" in image.environ:
         pytest.skip("the image under test was not built here")
