@@ -56,6 +56,8 @@ def test_provenance(image: Image, lock: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", build["created"])
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0 AND LGPL-3.0-or-later AND AGPL-3.0-only"
     assert labels["org.opencontainers.image.base.name"]
+    # the bases that the Dockerfile names have these two, of others
+    assert (labels["org.opencontainers.image.ref.name"], labels["maintainer"]) == ("finetune", "")
 
 
 def test_a_snapshot_is_taken_or_the_build_stops(image: Image, tmp_path: Path) -> None:
