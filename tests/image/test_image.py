@@ -291,7 +291,7 @@ def test_health(image: Image, beat: str | None, status: str) -> None:
         assert health["Status"] == status, health
         assert status == "healthy" or "hangs: no update has ended" in health["Log"][-1]["Output"]
     finally:
-        image.call("rm", "-f", container)
+        image.call("rm", "-f", "-v", container)
 
 
 def test_dockerfile_restates_no_default(image: Image) -> None:
