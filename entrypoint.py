@@ -67,10 +67,11 @@ def execute(argv: list[str], environ: Mapping[str, str]) -> int:
     """Become another command; the exit codes for a command that cannot run are the shell's."""
     try:
         os.execvpe(argv[0], argv, dict(environ))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: an empty word, as a variable without a value gives it
         verbs = ", ".join(command.VERBS)
-        print(f"error: {argv[0]}: neither a verb ({verbs}) nor a command ({error.strerror})", file=sys.stderr)
-        return 127 if isinstance(error, FileNotFoundError) else 126
+        why = error.strerror if isinstance(error, OSError) else "an empty word"
+        print(f"error: {argv[0]}: neither a verb ({verbs}) nor a command ({why})", file=sys.stderr)
+        return 127 if isinstance(error, (FileNotFoundError, ValueError)) else 126
 
 
 if __name__ == "__main__":

@@ -130,6 +130,8 @@ def test_anything_else_is_run_as_a_command() -> None:
     assert (answer.stdout, answer.returncode) == ("you\n", 7)
     missing = call("no-such-command")
     assert missing.returncode == 127 and "verb" in missing.stderr
+    empty = call("")  # docker run IMAGE "$COMMAND", where nobody set it
+    assert empty.returncode == 127 and "an empty word" in empty.stderr and "Traceback" not in empty.stderr
 
 
 def test_env_prints_the_reference() -> None:
