@@ -60,6 +60,7 @@ def save_adapter(model: PeftModel, source: Source, output: Path) -> None:
     partial = output / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, save_embedding_layers=False)
+    files.open_as_its_neighbours(partial)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end
     config = json.loads((partial / "adapter_config.json").read_bytes())
     # of a folder only its own name: the adapter's bytes must not depend on where the base stood

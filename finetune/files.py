@@ -61,6 +61,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
 
 
+def open_as_its_neighbours(adapter: Path) -> None:
+    """Give an adapter's weights the mode of its other files: safetensors writes them for their owner alone."""
+    shutil.copymode(adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
+
+
 def publish(partial: Path, final: Path) -> None:
     """Give a finished folder its name; a folder that had it goes away only then."""
     old = final.with_name(f"{final.name}.old")

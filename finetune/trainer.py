@@ -247,6 +247,7 @@ class OurTrainer(SFTTrainer):
         # neither tokenizer nor training_args.bin, which may hold the token; PEFT must not ask the Hub
         # about the base's vocabulary (LLaMA-Factory #2793)
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        files.open_as_its_neighbours(Path(output_dir or self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.folder / "partial")

@@ -49,6 +49,11 @@ def test_the_exact_files(done: dict[str, Any]) -> None:
     }
 
 
+def test_whoever_may_read_one_file_may_read_all(done: dict[str, Any]) -> None:
+    modes = {path.stat().st_mode & 0o777: path for path in done["output"].rglob("*") if path.is_file()}
+    assert len(modes) == 1, modes
+
+
 def test_steps_and_metrics(done: dict[str, Any]) -> None:
     rows = [json.loads(line) for line in (done["output"] / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
