@@ -80,6 +80,7 @@ def ask(question: str, settings: Settings) -> None:
 
     Raises SettingsError where OUTPUT_DIR holds no finished run.
     """
+    console.hush()
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

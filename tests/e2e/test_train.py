@@ -166,6 +166,7 @@ def test_again_with_the_same_settings_trains_nothing(done: dict[str, Any]) -> No
 
 def test_asking_the_trained_model(done: dict[str, Any]) -> None:
     answer = call("ask", "What is it?", OUTPUT_DIR=done["output"], MAX_NEW_TOKENS=4)
+    assert answer.stderr == ""
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
 
 
