@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune import files, records
+from finetune import files, preflight, records
 from finetune.errors import PreflightError, SettingsError
 from finetune.report import below, versions
 from finetune.settings import Settings
@@ -105,13 +105,19 @@ def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None
 
 
 def finished(output: Path) -> dict[str, Any]:
-    """The record of the complete run in `output`. Raises SettingsError where there is none, or it is damaged."""
+    """The record of the complete run in `output`.
+
+    Raises SettingsError where there is none, or it is damaged, PreflightError that names each file of it that may not be read.
+    """
     try:
-        return records.read(output / "run.json")
+        record = records.read(output / "run.json")
     except FileNotFoundError:
         raise SettingsError(
             f"OUTPUT_DIR={output}: holds no finished run (no run.json); train first, or give the folder of a run"
         ) from None
+    if closed := [problem for name in sorted(record["files"]) if (problem := preflight.denied(output / name))]:
+        raise PreflightError(*closed)
+    return record
 
 
 def verify(output: Path) -> dict[str, Any]:

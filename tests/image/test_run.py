@@ -127,6 +127,19 @@ def test_caches_that_cannot_be_written_fall_back_and_one_line_says_so(
     assert len(re.findall(r"^caches: HOME, XDG_CACHE_HOME, .*/tmp/", log, re.M)) == 1, log
 
 
+def test_another_user_may_read_what_a_run_left_or_is_told_why_not(
+    image: Image, models: Path, open_folder: Path
+) -> None:
+    clean(image.run(options=options(models, open_folder, MAX_STEPS="1", SAVE_MERGED="0"), timeout=280))
+    closed = (*HARD, *STRANGER, "-v", f"{open_folder}:/outputs:ro")
+    assert "files are as the run wrote them" in clean(image.run("verify", options=closed))
+    (open_folder / "adapter/adapter_model.safetensors").chmod(0o600)
+    for words in (("verify",), ("ask", "Why?")):
+        done = image.run(*words, options=closed)
+        assert done.returncode == 3 and "Traceback" not in done.stderr
+        assert "cannot be read by user 12345" in done.stderr and "--user 1000:1000" in done.stderr
+
+
 def test_env_is_the_reference(image: Image) -> None:
     done = image.run("env")
     assert done.returncode == 0 and done.stderr == ""
