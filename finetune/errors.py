@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Sequence
 
 FULL = "make room, and the same command goes on from the last checkpoint"
@@ -26,8 +27,13 @@ def of_machine(error: OSError) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, short enough to stand within a sentence of ours."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """What a library's error says, short enough to stand within a sentence of ours, and without the secrets of its URLs."""
+    return without_password((str(error).splitlines() or [type(error).__name__])[0])[:300]
+
+
+def without_password(text: str) -> str:
+    """The text without the user and password that a URL in it may hold: HF_ENDPOINT or a proxy as http://user:password@host."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 class Refusal(Exception):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import files
-from finetune.errors import HubError, PreflightError, SettingsError, first_line
+from finetune.errors import HubError, PreflightError, SettingsError, first_line, without_password
 from finetune.folder import verify
 from finetune.settings import Settings
 
@@ -214,7 +214,7 @@ def cached(name: str, commit: str | None) -> Source | None:
 def explained(variable: str, settings: Settings) -> Iterator[None]:
     """Turn the client's exceptions into sentences that name the variable and the way out: SettingsError, HubError, PreflightError."""
     import httpx
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     name, revision = {
         "MODEL_NAME": (settings.model_name, settings.model_revision),
@@ -223,6 +223,14 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
         "HUB_MERGED_MODEL_ID": (settings.hub_merged_model_id, "main"),
     }.get(variable, ("<SECRET>", ""))
     shown = f"{variable}={name}"
+    try:
+        if not constants.is_offline_mode():
+            httpx.Client().close()  # reads the proxies, and raises what it cannot use before anybody asks the Hub
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise HubError(
+            f"http_proxy, https_proxy or all_proxy: cannot be used ({first_line(error)}); it takes an http proxy, for example "
+            "https_proxy=http://127.0.0.1:7890"
+        ) from None
     try:
         yield
     except errors.GatedRepoError:
@@ -302,7 +310,7 @@ def publish(settings: Settings) -> None:
                     api.upload_folder, repo_id=full, folder_path=output / folder, commit_message=f"Upload {folder}"
                 )
             )
-            print(f"published: {api.endpoint}/{full}", flush=True)
+            print(f"published: {without_password(api.endpoint)}/{full}", flush=True)
 
 
 def _patiently(call: Callable[[], Any]) -> Any:

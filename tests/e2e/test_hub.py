@@ -203,3 +203,14 @@ def test_no_hub_at_all(tmp_path: Path) -> None:
     assert answer.returncode == 4 and "cannot be reached" in answer.stderr and "Traceback" not in answer.stderr, (
         answer.stderr
     )
+
+
+def test_a_proxy_that_cannot_be_used_is_named_and_no_password_is_shown(hub: HubServer, tmp_path: Path) -> None:
+    for proxy in ("socks5://127.0.0.1:1080", "ftp://me:opensesame@127.0.0.1:1"):
+        answer = call(hub, tmp_path, "lock-inputs", all_proxy=proxy, NO_PROXY="", no_proxy="")
+        assert answer.returncode == 4 and "https_proxy=http://" in answer.stderr, answer.stderr
+        assert "Traceback" not in answer.stderr and "opensesame" not in answer.stderr
+    hub.fail_next(r".*whoami.*", status=501, times=1)
+    secret = hub.url.replace("://", "://me:opensesame@")
+    answer = call(hub, tmp_path, "train", HF_ENDPOINT=secret, HF_TOKEN="hf_write")
+    assert answer.returncode == 4 and "HTTP 501" in answer.stderr and "opensesame" not in answer.stderr, answer.stderr
