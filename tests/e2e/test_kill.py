@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from conftest import QUICK, ROOT, call, environment, train
 from finetune import checkpoints, files
 
@@ -103,6 +104,14 @@ def killed_at(moment: str, model: Path, output: Path, seconds: float, rng: rando
     return "partial" not in moment or changed(output / moment) not in (None, before)
 
 
+def alive(process: int) -> bool:
+    """Whether it runs; one that is dead may still wait for the first process to take note."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def changed(path: Path) -> int | None:
     """When what is at `path` was last changed, in ns; None: it is not there."""
     try:
@@ -155,6 +164,31 @@ def test_ten_kills_one_after_the_other(llama: Path, tmp_path: Path, undisturbed:
     assert record["training"]["resumed_from"] == 12
     assert record["training"]["losses"] == undisturbed["training"]["losses"] and weights(record) == weights(undisturbed)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoints", *TOP, "adapter", "merged"}
+
+
+def test_a_killed_tokenizing_process_is_told_and_none_outlives_a_killed_run(llama: Path, tmp_path: Path) -> None:
+    lines = (tiny.SAMPLES / "en.jsonl").read_text() * 400
+    (tmp_path / "rows.jsonl").write_text(lines)
+
+    def tokenizing() -> tuple[subprocess.Popen[str], list[int]]:
+        many = {"DATASET_NAME": tmp_path / "rows.jsonl", "DATASET_CONFIG": "", "DATASET_NUM_PROC": 3}
+        process = start(llama, tmp_path / "out", **many)
+        place = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(children := place.read_text().split()) < 3:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+        time.sleep(0.3)
+        return process, [int(child) for child in children]
+
+    process, children = tokenizing()
+    os.kill(children[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 3 and "error: DATASET_NUM_PROC=3: a process that tokenizes was killed" in said, said
+    process, children = tokenizing()
+    process.kill()
+    process.communicate()
+    time.sleep(0.5)
+    assert not [child for child in children if alive(child)]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "unlisted"])

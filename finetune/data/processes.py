@@ -1,0 +1,67 @@
+"""The same work on many rows, in several processes. A process that is killed is noticed, which datasets' own pool waits for."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.reading import Row
+from finetune.errors import PreflightError
+from finetune.plan import pieces
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import Table
+
+FEW_ROWS = 1000  # that one process is done with before others have started
+CHUNK = 250  # rows that a process is given at a time: what a signal waits for
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+_work: Callable[[Row], Row]  # a child's, from before it was forked: a tokenizer takes a second to be sent
+
+
+def results(work: Callable[[Row], Row], rows: list[Row], processes: int) -> Dataset:
+    """What `work` makes of each row, in the order of the rows whatever the number of processes.
+
+    Raises what `work` raises, and PreflightError where a process was killed.
+    """
+    import pyarrow
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    if processes == 1 or len(rows) <= FEW_ROWS:
+        return Dataset(InMemoryTable(_table(work, rows)))
+    fork = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(processes, fork, _begin, (work,)) as pool:
+            tables = list(pool.map(_chunk, pieces(rows, CHUNK)))
+    except BrokenProcessPool:
+        raise PreflightError(
+            f"DATASET_NUM_PROC={processes}: a process that tokenizes was killed, most often because memory ran out; use fewer of "
+            "them, for example DATASET_NUM_PROC=1"
+        ) from None
+    return Dataset(InMemoryTable(pyarrow.concat_tables(tables)))
+
+
+def _begin(work: Callable[[Row], Row]) -> None:
+    """A child's beginning. ^C is for the parent, which ends its children by SIGTERM; and where it is killed they go too."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _chunk(rows: list[Row]) -> Table:
+    return _table(_work, rows)
+
+
+def _table(work: Callable[[Row], Row], rows: list[Row]) -> Any:
+    import pyarrow
+
+    return pyarrow.Table.from_pylist([work(row) for row in rows])
