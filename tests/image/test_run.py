@@ -214,6 +214,8 @@ def test_what_compose_asks_for_is_enough(image: Image, models: Path, open_folder
     # by the words of `docker run`, since the engine alone is here: all but the GPU, and what it is built from
     service = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]["train"]
     words = ["--user", service.pop("user").partition(":-")[2].rstrip("}"), "--shm-size", service.pop("shm_size")]
+    assert service.pop("stop_grace_period") == "2m"
+    words += ["--stop-timeout", "120"]
     words += ["--read-only"] * service.pop("read_only")
     for key, option in (("cap_drop", "--cap-drop"), ("security_opt", "--security-opt"), ("tmpfs", "--tmpfs")):
         words += [word for value in service.pop(key) for word in (option, value)]
