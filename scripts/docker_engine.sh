@@ -67,6 +67,7 @@ stop_engine() {
     if [ -n "$pid" ] && kill "$pid" 2>/dev/null; then
         while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done # it unmounts its layers first
     fi
+    umount "$DIR"/exec/netns/* 2>/dev/null || true # it leaves one where a container had --network host
     rm -rf "$DIR"
 }
 
