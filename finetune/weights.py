@@ -142,13 +142,13 @@ def _transposed_modules(folder: Path) -> set[str]:
 
 
 def _tensor_of(module: str, part: str, base: Base, shape: tuple[int, ...]) -> str:
-    """The base's tensor for a module: its own name, or the longest end of it that names just one tensor."""
+    """The base's tensor for a module: its own name, or the longest end of it that names any; of several, the one of its shape."""
     parts = module.split(".")
-    for start in range(len(parts)):
-        end = ".".join(parts[start:]) + f".{part}"
-        found = [name for name in base.shapes if name == end or name.endswith(f".{end}")]
-        if len(found) == 1 and base.shapes[found[0]] == shape:
-            return found[0]
+    ends = (".".join([*parts[start:], part]) for start in range(len(parts)))
+    named = ([name for name in base.shapes if name == end or name.endswith(f".{end}")] for end in ends)
+    fitting = [name for name in next(filter(None, named), []) if base.shapes[name] == shape]
+    if len(fitting) == 1:
+        return fitting[0]
     raise SettingsError(
         f"{base.folder.name}: the weights of {module} are stored in another form than the model uses, so that the merge cannot "
         "find them; leave it out of TARGET_MODULES, or set SAVE_MERGED=0"

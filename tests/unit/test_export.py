@@ -124,6 +124,19 @@ def test_experts_that_are_stored_one_by_one_are_refused_with_what_remains(tmp_pa
     assert export.merge(Source("base", None, folder), tmp_path).changed == 4
 
 
+def test_layers_of_one_name_in_text_and_sight_are_told_apart_by_their_shape(tmp_path: Path) -> None:
+    """Gemma 3: both have layers.0.self_attn.q_proj, under other names in files than in the model."""
+    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=1000)  # fmt: skip
+    sight = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
+    folder = tiny.model(tmp_path / "base", "gemma3", text_config=text, vision_config=sight, mm_tokens_per_image=4)
+    model = adapted(folder, tmp_path, target_modules=["q_proj", "o_proj", "down_proj"])
+    assert export.merge(Source("base", None, folder), tmp_path).changed == 7
+    wanted = model.merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    assert wanted.keys() == found.keys()
+    assert all((wanted[name] - found[name]).abs().max() <= 0.01 * wanted[name].abs().max() for name in wanted)
+
+
 def test_a_float32_base_becomes_bfloat16(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder)
