@@ -72,8 +72,11 @@ def _template_file(settings: Settings) -> str:
     """The text of the file that PROMPT_TEMPLATE names, or the tutorial's."""
     if settings.prompt_template is None:
         return TEMPLATE
+    path = Path(settings.prompt_template).expanduser()
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"PROMPT_TEMPLATE={settings.prompt_template}: is no file; give the path of a text file")
     try:
-        return Path(settings.prompt_template).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8"
         raise SettingsError(f"PROMPT_TEMPLATE={settings.prompt_template}: cannot be read ({why})") from None

@@ -173,21 +173,21 @@ def _template_text(
 
 def _chat_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[tuple[int, int]]]:
     """The model's own chat format, and the spans of the assistant's turns."""
-    messages = row["messages"]
+    messages, written = row["messages"], functools.partial(tokenizer.apply_chat_template, tokenize=False)
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        text = str(written(messages))
         spans = []
         for index, turn in enumerate(messages):
             if turn["role"] == "assistant":
-                before = (
-                    str(tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True))
-                    if index
-                    else ""
-                )
-                through = str(tokenizer.apply_chat_template(messages[: index + 1], tokenize=False))
+                before = str(written(messages[:index], add_generation_prompt=True)) if index else ""
+                if not text.startswith(
+                    before
+                ):  # a reasoning model's asks with <think> opened, which no answer has to have
+                    before = re.sub(r"<think>\s*$", "", before)
+                through = str(written(messages[: index + 1])).rstrip()
                 # a template may rewrite earlier turns (drop their reasoning): such a turn has no span of its own
-                if text.startswith(before) and text.startswith(through.rstrip()):
-                    spans.append((len(before), len(through.rstrip())))
+                if text.startswith(before) and text.startswith(through):
+                    spans.append((len(before), len(through)))
     except Exception as error:  # templates raise what they like
         raise SettingsError(
             f"the model's chat template refuses a row ({first_line(error)}); its messages begin: {str(messages)[:120]}"

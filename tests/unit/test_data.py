@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +300,9 @@ def test_a_template_of_ones_own(tmp_path: Path, words: Any) -> None:
         data.template(settings(PROMPT_TEMPLATE=tmp_path / "template.txt"))
     with pytest.raises(SettingsError, match="cannot be read"):
         data.template(settings(PROMPT_TEMPLATE=tmp_path / "absent.txt"))
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(SettingsError, match="is no file"):
+        data.template(settings(PROMPT_TEMPLATE=tmp_path / "pipe.txt"))
 
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Farewell."}]  # fmt: skip
@@ -315,6 +320,20 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, words: Any) -> No
     assert row["labels"][-1] == row["input_ids"][-1] == words.eos_token_id
     only = tokens(rows, words, TRAIN_ON="response").dataset[0]
     assert words.decode([t for t in only["labels"] if t != data.IGNORED]) == "Hi.<|im_end|>Farewell.<|im_end|>"
+
+
+def test_a_template_that_asks_with_an_open_thought_has_answers_too(tmp_path: Path, words: Any) -> None:
+    """DeepSeek-R1's: `<|Assistant|><think>` asks, and what is written of an answer is what follows its thought."""
+    asks = copy.deepcopy(words)
+    asks.chat_template = (
+        "{% for m in messages %}{{ '\n' + m['role'] + ':' + m['content'].split('</think>')[-1] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\nassistant:<think>\n' }}{% endif %}"
+    )
+    chat = [*CHAT[:-1], {"role": "assistant", "content": "<think>\nHm.\n</think>Farewell."}]
+    only = tokens(loaded(rows_file(tmp_path, [{"messages": chat}])), asks, TRAIN_ON="response").dataset[0]
+    trained = asks.decode([t for t in only["labels"] if t != data.IGNORED])
+    assert trained == f"Hi.{asks.eos_token}Farewell.{asks.eos_token}"
 
 
 @pytest.mark.parametrize(
