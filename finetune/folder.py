@@ -46,7 +46,8 @@ def locked(output: Path) -> Iterator[None]:
     except OSError:
         pass
     try:
-        yield
+        with files.told(output):
+            yield
     finally:
         os.close(held.pop())
         if fresh:

@@ -42,7 +42,7 @@ class Cost:
 
     def seconds(self, tokens: int, recomputed: int) -> float:
         """Time of a piece, in seconds: recomputing a layer adds a forward pass to the forward and the backward one."""
-        share = recomputed / self.layers
+        share = recomputed / max(1, self.layers)
         return max(self.launch_s, self.token_s * tokens) * (1 + share / 2)
 
     def peak(self, tokens: int, recomputed: int) -> float:
@@ -55,7 +55,7 @@ class Cost:
         alive = inputs + (self.layers - recomputed) * self.kept * tokens
         work = self.work + self.work_token * tokens
         peaks = [alive + self.loss + self.loss_token * tokens]
-        if recomputed < self.layers:
+        if recomputed < max(1, self.layers):  # 0: a model of which no layer can be recomputed
             peaks.append(alive + work)
         if recomputed:
             peaks.append(inputs + (self.kept - self.kept_recomputed) * tokens + work)  # its input is there already

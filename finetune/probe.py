@@ -48,7 +48,7 @@ def measure(
     if partial:
         lean_small, lean_large = (_pass(run, tokens, layers) for tokens in sizes)
         outside = (lean_large.alive - lean_small.alive) / span - layers * width
-        kept = (slope - outside - (layers - free) * width) / free
+        kept = (slope - outside - (layers - free) * width) / max(1, free)
     else:
         outside, kept = 0.0, slope / layers
     work = max(0.0, (large.backward - small.backward) / span)
@@ -56,7 +56,7 @@ def measure(
     return Cost(
         layers=layers, fixed=before + optimizer_bytes, outside=max(0.0, outside), kept=max(0.0, kept), kept_recomputed=width,
         work=large.backward - work * sizes[1], work_token=work, loss=large.forward - loss * sizes[1], loss_token=loss,
-        partial=partial, launch_s=min(small.seconds, large.seconds) / (1 + (layers - free) / layers / 2),
+        partial=partial, launch_s=min(small.seconds, large.seconds) / (1 + (layers - free) / max(1, layers) / 2),
         token_s=4 * multiplied(model) / (EFFICIENCY * speed(4096)),
     )  # fmt: skip
 

@@ -7,21 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import (
-    answer,
-    console,
-    data,
-    engines,
-    export,
-    files,
-    folder,
-    hub,
-    inputs,
-    preflight,
-    report,
-    train,
-    weights,
-)
+from finetune import answer, console, data, engines, export, folder, hub, inputs, preflight, report, train, weights
 from finetune.settings import Settings
 
 
@@ -31,7 +17,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     clock, output, visible = report.Clock(), Path(settings.output_dir), preflight.gpus(environ)
     print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
     hub.login(settings)
-    with folder.locked(output), files.told(output):
+    with folder.locked(output), engines.memory_told():
         train_in(output, clock, visible, settings, environ, recorded)
     hub.publish(settings)
 

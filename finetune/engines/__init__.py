@@ -191,6 +191,20 @@ def loading(source: Source, remedy: str = "take another model, or copy or downlo
         ) from None
 
 
+@contextlib.contextmanager
+def memory_told() -> Iterator[None]:
+    """GPU memory that runs out where nothing can be halved (an answer, the optimizer, the merge), as a PreflightError."""
+    try:
+        yield
+    except RuntimeError as error:  # what torch's own is; importing torch to look would cost a refused run a second
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise PreflightError(
+            f"out of GPU memory ({str(error).partition('. ')[0]}). Where another program uses this GPU, end it, or plan for less, for "
+            "example MAX_MEMORY=12; the same command goes on from the last checkpoint."
+        ) from None
+
+
 def check_whole(source: Source, info: Mapping[str, Any]) -> None:
     """Raise SettingsError where the files lack tensors of the model: transformers would go on with random ones.
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -172,3 +173,13 @@ def test_an_adapter_beside_the_model_is_refused(broken: Callable[..., hub.Source
     (source.folder / "adapter_config.json").write_text("{}")
     with pytest.raises(SettingsError, match=r"MODEL_NAME=.*holds an adapter \(adapter_config\.json\) beside the model"):
         hub.fetch_model(settings)
+
+
+def test_memory_that_runs_out_where_nothing_can_be_halved_is_no_bug() -> None:
+    with (
+        pytest.raises(PreflightError, match=r"out of GPU memory \(CUDA out of memory\)\. .*MAX_MEMORY=12"),
+        engines.memory_told(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(RuntimeError, match="other"), engines.memory_told():
+        raise RuntimeError("other")

@@ -79,6 +79,13 @@ def test_an_engine_that_cannot_mix_recomputes_all_layers_or_none() -> None:
     assert {plan.choose(8, UPDATES, cost, gib * plan.GIB).recomputed for gib in range(7, 80)} == {0, 32}
 
 
+def test_a_model_of_which_nothing_can_be_recomputed_is_planned_for() -> None:
+    whole = plan.Cost(**{**vars(COST), "layers": 0, "outside": 4_500_000, "kept": 0.0})
+    found = plan.choose(8, UPDATES, whole, 24 * plan.GIB)
+    assert (found.micro_batch, found.recomputed, found.checkpointing) == (4, 0, "none")
+    assert found.forecast_gib and found.forecast_gib > 4_500_000 * found.tokens / plan.GIB + 6 and found.forecast_step_s
+
+
 def test_padding_counts() -> None:
     packed, padded = plan.choose(8, UPDATES, COST, 1e15), plan.choose(8, UPDATES, COST, 1e15, padded=True)
     assert (packed.tokens, padded.tokens) == (8000, 8 * 1700)
