@@ -20,7 +20,7 @@ USAGE = """usage: entrypoint.py [VERB] [NAME=value ...]
 
 Settings come from NAME=value here, then the environment, then .env, then the defaults; empty means unset. `reproduce` takes
 them from the record and from NAME=value here alone.
-Exit codes: 0 done; 2 settings; 3 this machine; 4 the Hub; 1 a bug, training that diverged or did not fit the memory, or not
+Exit codes: 0 done; 2 settings; 3 this machine (GPU, driver, disk, memory); 4 the Hub; 1 a bug, training that diverged, or not
 reproduced; 143 and 130 stopped by SIGTERM or SIGINT, during training with a checkpoint on disk."""
 
 VERBS = ("train", "check", "ask", "push", "verify", "reproduce", "lock-inputs", "env")

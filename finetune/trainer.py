@@ -23,7 +23,7 @@ from trl import SFTTrainer
 
 from finetune import checkpoints, console, files
 from finetune.data import IGNORED
-from finetune.errors import Refusal
+from finetune.errors import PreflightError, Refusal
 from finetune.plan import Plan, pieces
 
 if TYPE_CHECKING:
@@ -85,9 +85,8 @@ class OurTrainer(SFTTrainer):
         if packed is None and self.args.loss_type == "chunked_nll" and not self._head_is_all():
             del self.model.get_base_model().forward  # trl's
             self.args.loss_type, self.compute_loss_func = "nll", _loss_of_logits
-        self.model_accepts_loss_kwargs = (
-            True  # trl's loss divides by our count, whatever the model's own would do with it
-        )
+        # the loss is divided by our count, whatever the model says of itself
+        self.model_accepts_loss_kwargs = True
         self.model.train()  # every module: a fresh PeftModel says that it trains, and its base, just loaded, does not
         self.accelerator.device_placement = False  # all of it is where it belongs, the embedding perhaps on the host
         self.remove_callback(PrinterCallback)
@@ -170,7 +169,7 @@ class OurTrainer(SFTTrainer):
     def _smaller(self, message: str) -> Plan:
         """The next smaller plan: weights in 4 bits alone, else half the micro-batch, else all layers recomputed.
 
-        message: the allocator's. Raises Refusal where a single row does not fit even so.
+        message: the allocator's. Raises PreflightError where a single row does not fit even so.
         """
         # What was forecast was forecast for other pieces.
         before = dataclasses.replace(self.plan, tokens=0, forecast_gib=None, forecast_step_s=None, cost=None)
@@ -184,7 +183,7 @@ class OurTrainer(SFTTrainer):
             self.recompute(before.layers)
             return dataclasses.replace(before, recomputed=before.layers, reason="recomputed: out of GPU memory")
         if before.micro_batch == 1:
-            raise Refusal(
+            raise PreflightError(
                 f"out of GPU memory with one row at a time ({message}). Lower MAX_SEQ_LENGTH, for example "
                 f"MAX_SEQ_LENGTH={self.args.max_length // 2}, lower LORA_R, or set GRADIENT_CHECKPOINTING=true."
             )
