@@ -210,8 +210,14 @@ def test_what_json_can_hold_and_no_run_can_write_is_named(part: str, value: Any,
 
 
 def test_recorded_runs_are_read() -> None:
-    for path in (ROOT / "benchmarks" / "smoke-cpu" / "run.json", ROOT / "benchmarks" / "h100" / "whole-run.json"):
+    for path in (ROOT / "benchmarks" / "h100" / "whole-run.json", *(ROOT / "benchmarks" / "smoke-cpu").glob("*.json")):
         assert not schema_errors(records.read(path))
+
+
+def test_every_kind_of_cpu_that_is_said_to_made_the_same_bytes() -> None:
+    made = [records.read(path) for path in (ROOT / "benchmarks" / "smoke-cpu").glob("*.json")]
+    assert len({record["environment"]["cpu"] for record in made}) == len(made) > 1
+    assert len({json.dumps([reproduce.weights(record), record["training"]["losses"]]) for record in made}) == 1
 
 
 def test_tokens_are_only_spoken_of_where_rows_and_model_are_the_recorded_ones() -> None:
