@@ -108,7 +108,7 @@ class OurTrainer(SFTTrainer):
     # One update, in pieces
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], None]:
-        """The rows of the next update, not yet a tensor."""
+        """The rows of the next update, not yet a tensor. unsloth has put one that counts labels in tensors in transformers' place."""
         found = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         return found, None
 

@@ -180,9 +180,8 @@ def _chat_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[
         for index, turn in enumerate(messages):
             if turn["role"] == "assistant":
                 before = str(written(messages[:index], add_generation_prompt=True)) if index else ""
-                if not text.startswith(
-                    before
-                ):  # a reasoning model's asks with <think> opened, which no answer has to have
+                if not text.startswith(before):
+                    # a reasoning model's asks with <think> opened, which no answer has to have
                     before = re.sub(r"<think>\s*$", "", before)
                 through = str(written(messages[: index + 1])).rstrip()
                 # a template may rewrite earlier turns (drop their reasoning): such a turn has no span of its own
