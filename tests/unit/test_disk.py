@@ -18,7 +18,8 @@ from finetune.errors import of_machine
 def test_a_file_that_a_library_cannot_write_is_no_bug(llama: Path, tmp_path: Path, limit: int) -> None:
     """safetensors and torch.save have errors of their own for it: the adapter has 135 kB, the optimizer's state 279 kB."""
     values = {**QUICK, "MODEL_NAME": llama, "OUTPUT_DIR": tmp_path / "out", "SAVE_STEPS": 1}
-    values["PYTHONDONTWRITEBYTECODE"] = 1  # Python would leave torch's byte code cut off at the limit, for all who come after
+    # Python would leave torch's byte code cut off at the limit, for all who come after
+    values["PYTHONDONTWRITEBYTECODE"] = "1"
     answer = subprocess.run(
         [sys.executable, str(ROOT / "entrypoint.py"), "train"], capture_output=True, text=True, timeout=280, env=environment(**values),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
