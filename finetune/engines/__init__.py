@@ -123,7 +123,7 @@ def not_compiled(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) ->
         return f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))}, it needs 8.0"
     if kind not in COMPILED_TYPES or config.get("use_sliding_window"):
         return f"it serves {', '.join(COMPILED_TYPES)} with full attention, and this is {kind}"
-    width = config.get("head_dim") or config.get("hidden_size", 4096) // config.get("num_attention_heads", 32)
+    width = _head_width(config)
     if width % 8 or width > 256:  # 100 in open_llama_3b
         return f"an attention head is {width} wide, and its kernel takes multiples of 8 up to 256"
     if config.get("attention_dropout"):
@@ -133,6 +133,14 @@ def not_compiled(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) ->
     if settings.lora_bias != "none":
         return f"LORA_BIAS={settings.lora_bias}, it trains no biases"
     return None
+
+
+def _head_width(config: dict[str, Any]) -> int:
+    """Width of an attention head by config.json; 0 where that is damaged, which who loads the model tells."""
+    head, hidden, heads = config.get("head_dim"), config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
+    if isinstance(head, int):
+        return head
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else 0
 
 
 def compute_dtype(settings: Settings) -> torch.dtype:

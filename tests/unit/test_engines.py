@@ -106,6 +106,8 @@ def test_the_compiled_path_is_for_what_its_kernels_can_do() -> None:
     assert engines.choose(settings, gpu, dict(model_type="llama", attention_dropout=0.0)).compiled
     for odd in (dict(model_type="gemma"), dict(model_type="qwen2", use_sliding_window=True), dict(model_type="llama", attention_dropout=0.1), dict(model_type="llama", hidden_size=3200), dict(model_type="llama", head_dim=288)):  # fmt: skip
         assert not engines.choose(settings, gpu, odd).compiled
+    for damaged in (dict(hidden_size="64"), dict(num_attention_heads=0, hidden_size=64), dict(head_dim=None)):
+        engines.choose(settings, gpu, dict(model_type="llama", **damaged))
 
 
 def test_biases_in_float16_are_refused_and_not_found_out_by_the_first_update(llama: Path, qwen2: Path) -> None:
