@@ -28,7 +28,7 @@ def of_machine(error: OSError) -> str | None:
 
 def first_line(error: Exception) -> str:
     """What a library's error says, short enough to stand within a sentence of ours, and without the secrets of its URLs."""
-    return without_password((str(error).splitlines() or [type(error).__name__])[0])[:300]
+    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 
 def without_password(text: str) -> str:

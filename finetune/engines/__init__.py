@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune import console
-from finetune.errors import PreflightError, SettingsError
+from finetune.errors import PreflightError, SettingsError, first_line
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -154,11 +154,16 @@ def compute_dtype(settings: Settings) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
+def last_names(linear: list[str]) -> list[str]:
+    """What TARGET_MODULES may name of these layers: the last part of each name, once, without the head."""
+    return sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
+
+
 def check_targets(settings: Settings, linear: list[str]) -> None:
     """Raise SettingsError where a name in TARGET_MODULES is no linear layer of the model. linear: names of all."""
     if settings.target_modules == ("all-linear",):
         return
-    last = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
+    last = last_names(linear)
     missing = [t for t in settings.target_modules if not any(n == t or n.endswith(f".{t}") for n in linear)]
     if missing or "lm_head" in settings.target_modules:
         wrong = ", ".join(missing) or "lm_head"
@@ -193,9 +198,8 @@ def loading(source: Source, remedy: str = "take another model, or copy or downlo
             "model, or a GPU on which nothing else runs"
         ) from None
     except Exception as error:  # a damaged file or an odd config.json may raise anything
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingsError(
-            f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({told[:300]}); {remedy}"
+            f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({first_line(error)}); {remedy}"
         ) from None
 
 

@@ -67,10 +67,9 @@ def load(settings: Settings, source: Source) -> PeftModel:
     try:
         adapted: PeftModel = get_peft_model(model, config)
     except ValueError as error:  # some layers it knows to be of no use, or only together
-        some = ",".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise SettingsError(
             f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} cannot be adapted so "
-            f"({first_line(error)}); name other ones of its linear layers, which are {some}"
+            f"({first_line(error)}); name other ones of its linear layers, which are {','.join(engines.last_names(linear))}"
         ) from None
     if model.config.model_type not in engines.COMPILED_TYPES:  # with which all of it is known to go together
         _try(adapted, dtype, source)

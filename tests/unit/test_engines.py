@@ -128,13 +128,6 @@ def test_experts_that_stay_in_16_bits_are_said(tmp_path: Path, llama: Path, caps
             assert ("experts stay" in capsys.readouterr().out) == (said and four_bits == "1")
 
 
-def test_a_layer_that_takes_no_adapter_is_refused_by_the_setting_s_name(tmp_path: Path) -> None:
-    mamba = tiny.model(tmp_path / "mamba", "mamba")
-    settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
-    with pytest.raises(SettingsError, match=r"TARGET_MODULES=all-linear: .*out_proj"):
-        engine.load(settings, hub.Source(str(mamba), None, mamba))
-
-
 @pytest.mark.parametrize(("kind", "sizes"), [("gptj", dict(rotary_dim=8)), ("openai-gpt", {})])
 def test_positions_that_are_computed_once_are_known_too(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
     folder = tiny.model(tmp_path / kind, kind, max_position_embeddings=64, **sizes)
