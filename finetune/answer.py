@@ -15,19 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def prompt_for(question: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, messages: bool) -> str:
-    """What the model is given: the training template up to its answer, or its own chat format."""
-    if messages:
-        turns = [{"role": "user", "content": question}]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    return data.template(settings).prompt(question)
-
-
 def sample(
-    engine: engines.Engine, model: Any, tokenizer: PreTrainedTokenizerBase, messages: bool, settings: Settings
+    engine: engines.Engine, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings
 ) -> Callable[[str], str]:
-    """A function that asks `model` SAMPLE_QUESTION, and says whether before or after training; "" where nothing is asked."""
-    prompt = prompt_for(settings.sample_question, tokenizer, settings, messages)
+    """A function that gives `model` the prompt, and says whether before or after training; "" where nothing is asked."""
 
     def ask(when: str) -> str:
         if not settings.max_new_tokens:
@@ -113,6 +104,6 @@ def ask(question: str, settings: Settings) -> None:
         prompt_columns=tuple(record["settings"]["PROMPT_COLUMNS"]),
         completion_columns=tuple(record["settings"]["COMPLETION_COLUMNS"]),
     )
-    prompt = prompt_for(question, loaded, as_trained, bool(record["dataset"]["messages"]))
+    form = data.format_of(bool(record["dataset"]["messages"]), loaded, as_trained, folder.day_of(record))
     model.eval()
-    answer(model, loaded, prompt, settings.max_new_tokens or 1200, show=True)
+    answer(model, loaded, form.prompt(question), settings.max_new_tokens or 1200, show=True)

@@ -17,9 +17,10 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from finetune import files
@@ -55,8 +56,13 @@ class Merged:
         return dataclasses.asdict(self)
 
 
-def save_adapter(model: PeftModel, source: Source, output: Path) -> None:
-    """Write `output`/adapter: weights and configuration as PEFT wrote them, and the base's own tokenizer files."""
+def save_adapter(
+    model: PeftModel, source: Source, output: Path, words: Mapping[str, bytes] = MappingProxyType({})
+) -> None:
+    """Write `output`/adapter: weights and configuration as PEFT wrote them, and the base's own tokenizer files.
+
+    words: files to write in place of the base's own, where these would mislead (data.rewritten).
+    """
     partial = output / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, save_embedding_layers=False)
@@ -69,14 +75,16 @@ def save_adapter(model: PeftModel, source: Source, output: Path) -> None:
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])  # a set in PEFT: another order each time
     files.write_json(partial / "adapter_config.json", config)
-    _copy(source.folder, partial, TOKENIZER_FILES)
+    _copy(source.folder, partial, TOKENIZER_FILES, words)
     files.publish(partial, output / "adapter")
 
 
-def merge(source: Source, output: Path, device: str = "cpu") -> Merged:
+def merge(
+    source: Source, output: Path, device: str = "cpu", words: Mapping[str, bytes] = MappingProxyType({})
+) -> Merged:
     """Write `output`/merged from the 16-bit base and `output`/adapter, verify it, and only then give it its name.
 
-    device: where the sums are made; the bytes are the same on each.
+    device: where the sums are made; the bytes are the same on each. words: as for `save_adapter`.
 
     Raises MergeError where a tensor is not what it must be, PreflightError where the disk is full.
     """
@@ -92,7 +100,7 @@ def merge(source: Source, output: Path, device: str = "cpu") -> Merged:
         size = sum(path.stat().st_size for path in paths)
         if len(paths) > 1:
             files.write_json(partial / INDEX, _index(paths))
-        _write_configs(source, base, partial)
+        _write_configs(source, base, partial, words)
     except BaseException as error:  # whatever ends it: no half a model stays on the disk
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -299,13 +307,13 @@ def _index(paths: list[Path]) -> dict[str, Any]:
     return dict(metadata=dict(total_size=total), weight_map=dict(sorted(weights.items())))
 
 
-def _write_configs(source: Source, base: Base, folder: Path) -> None:
+def _write_configs(source: Source, base: Base, folder: Path, words: Mapping[str, bytes]) -> None:
     """config.json with the type of the weights, generation_config.json and the tokenizer, all the base's own."""
     config = json.loads((source.folder / "config.json").read_bytes())
     config.pop("torch_dtype", None)
     config["dtype"] = _main_dtype(base)
     files.write_json(folder / "config.json", config)
-    _copy(source.folder, folder, (*TOKENIZER_FILES, "generation_config.json"))
+    _copy(source.folder, folder, (*TOKENIZER_FILES, "generation_config.json"), words)
     if not (folder / "generation_config.json").exists():
         from transformers import AutoConfig, GenerationConfig
 
@@ -321,7 +329,10 @@ def _main_dtype(base: Base) -> str:
     return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+def _copy(source: Path, target: Path, names: tuple[str, ...], instead: Mapping[str, bytes]) -> None:
+    """Copy the files that are there. instead: the content of some, in place of the source's."""
     for name in names:
-        if (source / name).is_file():
+        if name in instead:
+            files.write_bytes(target / name, instead[name])
+        elif (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
@@ -86,6 +87,24 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
             f"OUTPUT_DIR={output}: already holds {', '.join(there)}; give another folder, or OVERWRITE=1 to replace them"
         )
     return False
+
+
+def day(settings: Settings, output: Path, recorded: Mapping[str, Any] | None) -> datetime.date:
+    """What a chat template that writes today's date writes in this run: the recorded run's, that of the run which goes on, or today."""
+    if recorded is not None:
+        return day_of(recorded)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if not settings.overwrite:
+            return day_of({"dataset": json.loads((output / IDENTITY).read_bytes())})
+    return datetime.date.today()
+
+
+def day_of(record: Mapping[str, Any]) -> datetime.date:
+    """The date that the chat template of a recorded run wrote; today where it wrote none."""
+    try:
+        return datetime.date.fromisoformat(record["dataset"]["date"])
+    except (KeyError, ValueError, TypeError):
+        return datetime.date.today()
 
 
 def identity(settings: Settings, decides: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def missing(settings: Settings) -> Iterator[str]:
     if problem := hub.missing(settings):
         yield problem
     yield from data.rows.missing(settings)
-    yield from data.prompt.missing(settings)
+    yield from data.formats.template.missing(settings)
 
 
 def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> dict[str, Any]:
@@ -31,8 +31,9 @@ def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> 
     wanted: the run.json whose inputs these have to be. Raises SettingsError that names what is another one, and its setting.
     """
     found = _flat(source.commit, source.digests, rows.sha256, tokens.sha256)
+    dated = {"date": tokens.date} if tokens.date else {}
     if wanted is None:
-        return found
+        return found | dated
     model, dataset = wanted["model"], wanted["dataset"]
     recorded = _flat(model["commit"], model["files"], dataset["sha256"], dataset["tokens_sha256"])
     recorded["commit"] = found["commit"]  # equal files are the same model, whatever holds them
@@ -41,7 +42,7 @@ def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> 
         # tokens are made of model and rows, so where these are others it tells nothing that the tokens are
         named = [name for name in differ if name != "tokens"] or differ
         raise SettingsError(*(_sentence(name, recorded.get(name), found.get(name), source, rows) for name in named))
-    return found
+    return found | dated
 
 
 def _flat(commit: str | None, model: Mapping[str, str], rows: str, tokens: str) -> dict[str, Any]:

@@ -38,8 +38,9 @@ def train_in(
     console.quiet()
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
-    tokens = data.tokenize(rows, tokenizer, settings)
-    console.phase("loading", f"data: {tokens.describe()}, {rows.dropped} dropped")
+    tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded))
+    console.phase("loading", f"data: {tokens.describe()}, {rows.dropped + tokens.dropped} dropped")
+    print(*(f"data: {note}" for note in tokens.notes), sep="\n", end="\n" * bool(tokens.notes), flush=True)
     identity = folder.identity(settings, {**choice.deciding(), **inputs.check(source, rows, tokens, recorded)})
     if folder.begin(settings, output, identity):
         return print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
@@ -51,7 +52,8 @@ def train_in(
         weights.check_mergeable(model, source)
     folder.claim(settings, output, identity)
     clock.mark("load_s")
-    ask = answer.sample(engine, model, tokenizer, rows.messages, settings)
+    asked = data.format_of(rows.messages, tokenizer, settings, tokens.day)
+    ask = answer.sample(engine, model, tokenizer, asked.prompt(settings.sample_question), settings)
     before = ask("before")
     clock.mark("before_s")
     console.phase("training", train.describe(settings, tokens))
@@ -61,10 +63,13 @@ def train_in(
     clock.mark("after_s")
 
     console.phase("saving", "saving the adapter")
-    export.save_adapter(model, source, output)
+    words = data.rewritten(source.folder, tokens.texts(tokenizer))
+    export.save_adapter(model, source, output, words)
     del model, ask
     gc.collect()  # the trainer and what it calls back hold each other, and the model with them
-    merged = export.merge(source, output, "cuda" if visible else "cpu") if settings.save_merged else None
+    merged = export.merge(source, output, "cuda" if visible else "cpu", words) if settings.save_merged else None
+    if merged and words and (misread := data.misread(output / "merged", tokens.texts(tokenizer))):
+        print(f"note: {misread}", flush=True)
     if not settings.save_adapter:
         shutil.rmtree(output / "adapter")
     clock.mark("export_s")

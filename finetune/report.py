@@ -73,7 +73,7 @@ def record(
         settings=settings.record(),
         engine=dataclasses.asdict(choice),
         model=dict(name=source.name, commit=source.commit, files=source.digests),
-        dataset={**rows.record(), **tokens.record()},
+        dataset={**rows.record(), **tokens.record(), "dropped": rows.dropped + tokens.dropped},
         training=fit.record(),
         memory=dict(
             training_gib=round(fit.peak_gib, 3),

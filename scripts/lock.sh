@@ -16,8 +16,10 @@ compile docker/requirements.in docker/requirements-cu128.txt --override docker/r
 compile docker/requirements-dev.in docker/requirements-dev.txt --constraints docker/requirements.txt
 compile docker/uv.in docker/uv.txt --no-annotate
 compile docker/smoke-model.in docker/smoke-model.txt --no-annotate --no-deps
+# the last transformers 4, with which tests load what a run left
+compile tests/transformers-4.in tests/transformers-4.txt --no-annotate --no-deps
 
-if grep -n -e '://' -e '^ *--\(index\|extra\|find\|trusted\)' docker/*.txt; then
+if grep -n -e '://' -e '^ *--\(index\|extra\|find\|trusted\)' docker/*.txt tests/*.txt; then
     echo 'error: a lock names a package index (above)' >&2
     exit 1
 fi

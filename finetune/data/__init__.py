@@ -1,9 +1,11 @@
 """Rows -> training text -> tokens: where the rows come from, what is refused, and what the loss is on."""
 
+from finetune.data.formats.template import TEMPLATE, Template, template
 from finetune.data.processes import FEW_ROWS
-from finetune.data.prompt import TEMPLATE, Template, template
 from finetune.data.rows import Rows, load, on_hub
-from finetune.data.tokens import IGNORED, Tokens, tokenize, tokenizer
+from finetune.data.tokenizer_files import load as tokenizer
+from finetune.data.tokenizer_files import misread, rewritten
+from finetune.data.tokens import IGNORED, Tokens, format_of, tokenize
 
 __all__ = [
     "FEW_ROWS",
@@ -12,8 +14,11 @@ __all__ = [
     "Rows",
     "Template",
     "Tokens",
+    "format_of",
     "load",
+    "misread",
     "on_hub",
+    "rewritten",
     "template",
     "tokenize",
     "tokenizer",

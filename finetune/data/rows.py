@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import hub
-from finetune.data import checks, prompt, reading
+from finetune.data import checks, reading
+from finetune.data.formats import messages as conversation
+from finetune.data.formats import template
 from finetune.data.reading import Placed, Row
 from finetune.errors import HubError, SettingsError, first_line
 from finetune.settings import SPLIT, Settings
@@ -28,7 +30,7 @@ COMMIT = "[0-9a-f]{40}"
 class Rows:
     """Rows that passed the checks. messages: whether they are in the `messages` form. seen, dropped: rows read, and left out.
 
-    sha256: of their texts in order, so that equal data is known as equal.
+    places: of each row, for messages. sha256: of their texts in order, so that equal data is known as equal.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Rows:
     seen: int
     dropped: int
     sha256: str
+    places: list[str]
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the data."""
@@ -71,25 +74,39 @@ def load(settings: Settings) -> Rows:
     first: Row = next((row for _, row in found if isinstance(row, dict)), {})
     messages = "messages" in first and not set(first).issuperset(settings.completion_columns)
     columns = ("messages",) if messages else settings.prompt_columns + settings.completion_columns
-    good, bad = [], []
+    kept = (*columns, *conversation.NOT_YET) if messages else columns
+    good, bad, places = [], [], []
     for where, row in found:
-        if problem := checks.problem(row, columns, messages=messages):
+        if problem := _problem(row, columns, messages):
             bad.append(f"{where}: {problem}")
         else:
-            good.append({column: row[column] for column in columns})
+            good.append({column: row[column] for column in kept if column in columns or row.get(column)})
+            places.append(where)
+    refuse(bad, len(found), settings, f"every row needs text in {', '.join(columns)}")
+    if not good:
+        raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
+    if not messages:
+        template.template(settings)  # refused now, and not when a model has come down from the Hub
+    digest = hashlib.sha256(json.dumps(good, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    return Rows(name, commit, good, messages, len(found), len(bad), digest, places)
+
+
+def _problem(row: Any, columns: tuple[str, ...], messages: bool) -> str | None:
+    """Why there is no training text in a row as it was read; None: there is."""
+    if not isinstance(row, dict):
+        return f"is {checks.kind(row)}, not an object"
+    return conversation.problem(row) if messages else template.problem(row, columns)
+
+
+def refuse(bad: list[str], of: int, settings: Settings, needed: str) -> None:
+    """Raise SettingsError that names bad rows, unless DROP_BAD_ROWS is set. bad: sentences; of: rows in all; needed: what a row needs."""
     if bad and not settings.drop_bad_rows:
         more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
         raise SettingsError(
             *bad[:SHOWN],
-            f"{len(bad)} of {len(found)} rows are malformed{more}: every row needs text in {', '.join(columns)}. Mend them, "
-            "name other columns (PROMPT_COLUMNS, COMPLETION_COLUMNS), or leave them out with DROP_BAD_ROWS=1.",
+            f"{len(bad)} of {of} rows are malformed{more}: {needed}. Mend them, name other columns (PROMPT_COLUMNS, "
+            "COMPLETION_COLUMNS), or leave them out with DROP_BAD_ROWS=1.",
         )
-    if not good:
-        raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
-    if not messages:
-        prompt.template(settings)  # refused now, and not when a model has come down from the Hub
-    digest = hashlib.sha256(json.dumps(good, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-    return Rows(name, commit, good, messages, len(found), len(bad), digest)
 
 
 def _from_files(settings: Settings) -> Iterator[Placed]:
@@ -166,7 +183,7 @@ def missing(settings: Settings) -> Iterator[str]:
 
 def _wanted(settings: Settings) -> set[str]:
     """Columns that rows may be made of."""
-    return {"messages", *settings.prompt_columns, *settings.completion_columns}
+    return {"messages", *conversation.NOT_YET, *settings.prompt_columns, *settings.completion_columns}
 
 
 def _slice(settings: Settings, rows: list[Placed]) -> list[Placed]:

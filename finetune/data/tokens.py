@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import datetime
 import hashlib
-import math
-import re
+import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from finetune import hub
 from finetune.data import processes
-from finetune.data.prompt import Template, template
+from finetune.data.formats import BadRow, Format, Span, Text
+from finetune.data.formats.messages import Messages
+from finetune.data.formats.template import Columns
+from finetune.data.kept import Guard
 from finetune.data.reading import Row
-from finetune.data.rows import Rows
-from finetune.errors import SettingsError, first_line
+from finetune.data.rows import Rows, refuse
+from finetune.errors import SettingsError
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,51 +25,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label that the loss leaves out
-
-
-def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with a PAD in memory that the model knows and, where there is another, is not its EOS.
-
-    Its files are never changed. Raises SettingsError where it cannot be loaded, or has no EOS.
-    """
-    from transformers import AutoTokenizer
-
-    config = source.config()
-    text = config.get("text_config", config)  # of a model that takes pictures too
-    size = text.get("vocab_size") if isinstance(text, dict) else None
-    known = size if isinstance(size, int) else math.inf
-    try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:  # it reads config.json too, and an odd one may raise anything
-        raise SettingsError(
-            f"MODEL_NAME={source.name}: its tokenizer or config.json cannot be loaded ({first_line(error)})"
-        ) from None
-    if not loaded.is_fast:
-        raise SettingsError(
-            f"MODEL_NAME={source.name}: its tokenizer ({type(loaded).__name__}) does not tell which characters a token stands for; take "
-            "a model that has a tokenizer.json"
-        )
-    if loaded.eos_token_id is None:
-        raise SettingsError(
-            f"MODEL_NAME={source.name}: its tokenizer has no EOS token, so a model could never end an answer"
-        )
-    if loaded.pad_token_id is None or loaded.pad_token_id == loaded.eos_token_id or loaded.pad_token_id >= known:
-        # any special token will do that is neither, and that the model knows: its label is always IGNORED
-        taken = {loaded.eos_token, loaded.bos_token}
-        special = [
-            t for t in [*map(str, loaded.added_tokens_decoder.values()), loaded.unk_token]
-            if t and t not in taken and loaded.convert_tokens_to_ids(t) < known
-        ]  # fmt: skip
-        likely = sorted(special, key=lambda t: (not re.search("pad", t, re.IGNORECASE), "reserved" not in t))
-        loaded.pad_token = likely[0] if likely else loaded.eos_token
-    return loaded
+SAMPLE = 1000  # rows on which another way to read the tokenizer is tried
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORED where there is no loss.
 
-    largest: the highest id. common: how many tokens, with their labels, all rows begin with: a template's beginning, a system prompt.
+    total, trained: tokens, and those of them that the loss is on. largest: the highest id. common: how many tokens, with their
+    labels, all rows begin with: a template's beginning, a system prompt. dropped: rows left out since they cannot be trained on.
+    day, writes_day: what the chat template takes for today, and whether it writes it. notes: sentences on what is not trained as it stands.
     sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once.
     """
 
@@ -78,6 +44,11 @@ class Tokens:
     largest: int
     common: int
     total: int
+    trained: int
+    dropped: int
+    day: datetime.date
+    writes_day: bool
+    notes: list[str]
     sha256: str
 
     def record(self) -> dict[str, Any]:
@@ -88,61 +59,100 @@ class Tokens:
             longest=self.longest,
             common=self.common,
             tokens=self.total,
+            tokens_trained=self.trained,
             tokens_sha256=self.sha256,
+            date=self.date,
         )
+
+    @property
+    def date(self) -> str | None:
+        """The date that the chat template writes into each row; None: it writes none."""
+        return self.day.isoformat() if self.writes_day else None
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+        """The first rows' texts, as they are trained."""
+        for ids in self.dataset.select(range(min(SAMPLE, len(self.dataset))))["input_ids"]:
+            yield tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
 
     def describe(self) -> str:
         """One line for the console."""
         return (
-            f"{len(self.dataset)} rows, {self.total:,} tokens, the longest {self.longest}, all beginning with the same "
-            f"{self.common}, {self.truncated} truncated"
+            f"{len(self.dataset)} rows, {self.trained:,} of {self.total:,} tokens are trained, the longest row has {self.longest}, all "
+            f"begin with the same {self.common}, {self.truncated} truncated"
         )
 
 
-def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Tokens:
+def format_of(
+    rows_are_messages: bool, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date
+) -> Format:
+    """The format of rows. date: what a chat template that writes today's date is to write."""
+    if not rows_are_messages:
+        return Columns.of(settings, tokenizer)
+    return Messages.of(settings.dataset_name, settings.model_name, tokenizer, date, settings.train_on == "all")
+
+
+def tokenize(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date | None = None, own_file: bool = True
+) -> Tokens:  # fmt: skip
     """Texts to tokens, in the order of the rows whatever DATASET_NUM_PROC is.
 
     Exactly one BOS where the tokenizer uses one, and one EOS, which is trained on, at the end of each row; a row longer
     than MAX_SEQ_LENGTH loses what stands before its EOS, so that the model still learns to stop.
 
-    Raises SettingsError where messages find no chat template, or a row keeps nothing to train on, PreflightError where a process
-    was killed.
+    date: what a chat template writes as today's; None: today. own_file: whether the tokenizer has a tokenizer.json. Raises
+    SettingsError that names rows which lose something or keep nothing to train on, or where messages find no chat template;
+    PreflightError where a process was killed.
     """
-    as_text: Callable[[Row], tuple[str, list[tuple[int, int]]]]
-    if rows.messages:
-        if not tokenizer.chat_template:
-            raise SettingsError(
-                f"DATASET_NAME={rows.name}: has messages, but {settings.model_name} has no chat template; use its instruct "
-                "version, or columns with PROMPT_TEMPLATE"
-            )
-        as_text = functools.partial(_chat_text, tokenizer)
-    else:
-        as_text = functools.partial(_template_text, template(settings), tokenizer, settings.prompt_columns + settings.completion_columns)  # fmt: skip
-    encode = functools.partial(_encode, as_text, tokenizer, settings.max_seq_length, settings.train_on == "response")
-    mapped = processes.results(encode, rows.rows, settings.dataset_num_proc)
-    lost = sum(all(label == IGNORED for label in labels[:-1]) for labels in mapped["labels"])
-    if lost:
-        raise SettingsError(
-            f"MAX_SEQ_LENGTH={settings.max_seq_length}: {lost} rows have nothing left to train on, since their prompt alone is as "
-            "long; raise MAX_SEQ_LENGTH, for example MAX_SEQ_LENGTH=4096"
-        )
-    truncated = sum(mapped["truncated"])
-    lengths, largest, digest, common = [], 0, hashlib.sha256(), None
+    date = date or datetime.date.today()
+    made = format_of(rows.messages, tokenizer, settings, date)
+    work = Encoder(
+        made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on == "response"
+    )
+    mapped = processes.results(work, rows.rows, settings.dataset_num_proc)
+    bad = [f"{place}: {problem}" for place, problem in zip(rows.places, mapped["problem"], strict=True) if problem]
+    refuse(bad, len(rows.rows), settings, "what a row says has to be trained")
+    if len(bad) == len(rows.rows):
+        raise SettingsError(f"DATASET_NAME={rows.name}: no row can be trained on; the first is {bad[0]}")
+    if bad:
+        mapped = mapped.select([index for index, problem in enumerate(mapped["problem"]) if not problem])
+    places = [place for place, problem in zip(rows.places, mapped["problem"], strict=False) if not problem]
+    lengths, largest, trained, digest, common = [], 0, 0, hashlib.sha256(), None
     for ids, labels in zip(mapped["input_ids"], mapped["labels"], strict=True):
         common = _same((ids, labels), common or (ids, labels))
         lengths.append(len(ids))
         largest = max(largest, *ids)
+        trained += len(labels) - labels.count(IGNORED)
         digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
     assert common is not None
     return Tokens(
-        mapped.remove_columns(["truncated"]),
-        truncated,
-        max(lengths),
-        largest,
-        len(common[0]),
-        sum(lengths),
-        digest.hexdigest(),
+        dataset=mapped.select_columns(["input_ids", "labels"]),
+        truncated=sum(mapped["truncated"]),
+        longest=max(lengths),
+        largest=largest,
+        common=len(common[0]),
+        total=sum(lengths),
+        trained=trained,
+        dropped=len(bad),
+        day=date,
+        writes_day=rows.messages and "strftime_now" in str(tokenizer.chat_template),
+        notes=_notes(mapped, places),
+        sha256=digest.hexdigest(),
     )
+
+
+def _notes(mapped: Dataset, places: list[str]) -> list[str]:
+    """Sentences on rows that are not trained letter for letter."""
+    said = {
+        "marked": "end or begin with a BOS or EOS of their own, which is taken out; each row gets exactly one",
+        "literal": "hold the text of special tokens, which is read as ordinary text",
+        "rewritten": "hold letters or white space that the model's tokenizer writes in its own way",
+    }
+    found = []
+    for name, what in said.items():
+        where = [place for place, flag in zip(places, mapped[name], strict=True) if flag]
+        if where:
+            found.append(f"{len(where)} rows {what} (the first is {where[0]})")
+    return found
 
 
 def _same(row: tuple[list[int], list[int]], common: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
@@ -155,62 +165,80 @@ def _same(row: tuple[list[int], list[int]], common: tuple[list[int], list[int]])
     return common[0][:size], common[1][:size]
 
 
-def _template_text(
-    template: Template, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], row: Row
-) -> tuple[str, list[tuple[int, int]]]:
-    """Text and the character spans that are the response. BOS and EOS written out in a row are taken out of it."""
-    special = [token for token in (tokenizer.eos_token, tokenizer.bos_token) if token]
-    values = []
-    for column in columns:
-        value = row[column]
-        while any(token in value for token in special):  # what is left may be one again
-            for token in special:
-                value = value.replace(token, "")
-        values.append(value)
-    text, prompt = template.fill(values)
-    return text, [(prompt, len(text))]
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Makes the tokens of one row. limit: tokens at most. response: whether the loss is on the answers alone."""
+
+    format: Format
+    tokenizer: PreTrainedTokenizerBase
+    guard: Guard
+    limit: int
+    response: bool
+
+    def __call__(self, row: Row) -> Row:
+        """Columns input_ids and labels, and what there is to say of the row; problem: why it cannot be trained on, "" where it can."""
+        empty = dict(input_ids=[], labels=[], truncated=False, marked=False, literal=False, rewritten=False)
+        try:
+            return {**empty, **self._encoded(self.format.text(row)), "problem": ""}
+        except BadRow as bad:
+            return {**empty, "problem": str(bad)}
+
+    def _encoded(self, text: Text) -> Row:
+        eos = self.tokenizer.eos_token_id
+        ids, offsets = self._ids(text)
+        ended = ids[-1] == eos and not any(end == len(text.text) for _, end in text.literal)
+        if ended:
+            ids, offsets = ids[:-1], offsets[:-1]
+        cut = len(ids) + 1 > self.limit
+        ids, offsets = ids[: self.limit - 1], offsets[: self.limit - 1]
+        rewritten = self._held(text, ids, ended, cut)
+        trained = [not self.response or _within(span, text.answers) for span in offsets]
+        labels = [token if use else IGNORED for token, use in zip(ids, trained, strict=True)]
+        if not any(trained):
+            raise BadRow(
+                f"has nothing left to train on, since its prompt alone is as long as MAX_SEQ_LENGTH={self.limit}; raise that, for "
+                f"example MAX_SEQ_LENGTH={2 * self.limit}"
+            )
+        # no end of an answer is trained where what was cut is a question
+        last = eos if not cut or trained[-1] else IGNORED
+        return dict(
+            input_ids=[*ids, eos], labels=[*labels, last], truncated=cut, marked=text.marked, literal=bool(text.literal),
+            rewritten=rewritten,
+        )  # fmt: skip
+
+    def _ids(self, text: Text) -> tuple[list[int], list[Span]]:
+        """Ids of the whole text, each with the characters that it stands for; a BOS that is added stands for none."""
+        bos = self.tokenizer.bos_token
+        begun = bool(bos) and text.text.startswith(str(bos)) and not any(start == 0 for start, _ in text.literal)
+        if not text.literal:
+            encoded = self.tokenizer(text.text, add_special_tokens=not begun, return_offsets_mapping=True)
+            return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+        added = [] if begun else [i for i in self.tokenizer("")["input_ids"] if i == self.tokenizer.bos_token_id]
+        ids, offsets, backend = added, [(0, 0)] * len(added), self.tokenizer.backend_tokenizer
+        borders = [0, *(border for span in text.literal for border in span), len(text.text)]
+        for number, (start, end) in enumerate(itertools.pairwise(borders)):
+            backend.encode_special_tokens = bool(number % 2)  # every other part is the text of a special token
+            part = backend.encode(text.text[start:end], add_special_tokens=False)
+            ids += part.ids
+            offsets += [(start + first, start + last) for first, last in part.offsets]
+        backend.encode_special_tokens = False
+        return ids, offsets
+
+    def _held(self, text: Text, ids: list[int], ended: bool, cut: bool) -> bool:
+        """Hold the tokens against the text they were made of; both without the BOS at the beginning and the EOS at the end."""
+        said, bos = text.text, str(self.tokenizer.bos_token or "")
+        if ids and ids[0] == self.tokenizer.bos_token_id:
+            ids = ids[1:]
+            said = said.removeprefix(bos) if bos and not any(start == 0 for start, _ in text.literal) else said
+        if ended:
+            said = said.removesuffix(str(self.tokenizer.eos_token))
+        return self.guard.check(said, ids, cut)
 
 
-def _chat_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, list[tuple[int, int]]]:
-    """The model's own chat format, and the spans of the assistant's turns."""
-    messages, written = row["messages"], functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    try:
-        text = str(written(messages))
-        spans = []
-        for index, turn in enumerate(messages):
-            if turn["role"] == "assistant":
-                before = str(written(messages[:index], add_generation_prompt=True)) if index else ""
-                if not text.startswith(before):
-                    # a reasoning model's asks with <think> opened, which no answer has to have
-                    before = re.sub(r"<think>\s*$", "", before)
-                through = str(written(messages[: index + 1])).rstrip()
-                # a template may rewrite earlier turns (drop their reasoning): such a turn has no span of its own
-                if text.startswith(before) and text.startswith(through):
-                    spans.append((len(before), len(through)))
-    except Exception as error:  # templates raise what they like
-        raise SettingsError(
-            f"the model's chat template refuses a row ({first_line(error)}); its messages begin: {str(messages)[:120]}"
-        ) from None
-    if not spans:
-        raise SettingsError(f"the model's chat template leaves no answer to train on in: {str(messages)[:120]}")
-    eos = tokenizer.eos_token
-    kept = text.rstrip()
-    return (kept if kept.endswith(eos) else text), spans
+def _within(token: Span, answers: list[Span]) -> bool:
+    """Whether a token stands for something of an answer. A BOS that the tokenizer adds is at (0, 0).
 
-
-def _encode(as_text: Callable[[Row], tuple[str, list[tuple[int, int]]]], tokenizer: PreTrainedTokenizerBase, limit: int, response: bool, row: Row) -> Row:  # fmt: skip
-    text, spans = as_text(row)
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    begun = bool(bos) and text.startswith(bos)
-    encoded = tokenizer(text, add_special_tokens=not begun, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    ended = ids[-1] == tokenizer.eos_token_id
-    if ended:
-        ids, offsets = ids[:-1], offsets[:-1]
-    cut = len(ids) + 1 > limit
-    ids, offsets = ids[: limit - 1], offsets[: limit - 1]
-    # a BOS that the tokenizer adds is at (0, 0); white space may have no width, at its end: GPT-NeoX's tokenizer trims offsets
-    trained = [not response or any(a <= start and a < end <= b for a, b in spans) for start, end in offsets]
-    labels = [token if use else IGNORED for token, use in zip(ids, trained, strict=True)]
-    assert eos is not None
-    return dict(input_ids=[*ids, tokenizer.eos_token_id], labels=[*labels, tokenizer.eos_token_id], truncated=cut)
+    White space may have no width, at its end: GPT-NeoX's tokenizer trims offsets.
+    """
+    start, end = token
+    return any(a < end and (start < b or start == end <= b) for a, b in answers)

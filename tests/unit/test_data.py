@@ -330,10 +330,12 @@ def test_a_template_that_asks_with_an_open_thought_has_answers_too(tmp_path: Pat
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\nassistant:<think>\n' }}{% endif %}"
     )
-    chat = [*CHAT[:-1], {"role": "assistant", "content": "<think>\nHm.\n</think>Farewell."}]
-    only = tokens(loaded(rows_file(tmp_path, [{"messages": chat}])), asks, TRAIN_ON="response").dataset[0]
+    only = tokens(loaded(rows_file(tmp_path, [{"messages": CHAT}])), asks, TRAIN_ON="response").dataset[0]
     trained = asks.decode([t for t in only["labels"] if t != data.IGNORED])
     assert trained == f"Hi.{asks.eos_token}Farewell.{asks.eos_token}"
+    thinks = [*CHAT[:-1], {"role": "assistant", "content": "<think>\nHm.\n</think>Farewell."}]
+    with pytest.raises(SettingsError, match="leaves out what stands before </think> of message 5"):
+        tokens(loaded(rows_file(tmp_path, [{"messages": thinks}])), asks)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""Rows with columns, which fill the places of a text: the tutorial's template, or that of a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.data import checks
+from finetune.data.formats import BadRow, Span, Text, any_of, special_texts
+from finetune.errors import SettingsError
+from finetune.settings import Settings
+
+if TYPE_CHECKING:
+    import re
+
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATE = """Below is an instruction that describes a task, paired with an input that provides further context.
+Write a response that appropriately completes the request.
+Before answering, think carefully about the question and create a step-by-step chain of thoughts to ensure a logical and accurate response.
+### Instruction:
+You are a medical expert with advanced knowledge in clinical reasoning, diagnostics, and treatment planning.
+Please answer the following medical question.
+### Question:
+{}
+### Response:
+<think>
+{}
+</think>
+{}"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The training text. asked: how many of its {} are filled by PROMPT_COLUMNS."""
+
+    text: str
+    asked: int
+
+    def fill(self, values: list[str]) -> tuple[str, int, list[int]]:
+        """The whole text, how many of its characters are the prompt, and where each value begins."""
+        parts = self.text.split("{}")
+        filled, starts = parts[0], []
+        end = len(filled.rstrip())
+        for number, (value, part) in enumerate(zip(values, parts[1:], strict=True), 1):
+            starts.append(len(filled))
+            filled += value + part
+            if number == self.asked:
+                end = len(filled.rstrip())
+        return filled, end, starts
+
+    def prompt(self, question: str) -> str:
+        """What the model is given at inference: the tutorial's template up to `<think>`."""
+        text, length, _ = self.fill([question, *[""] * (self.text.count("{}") - 1)])
+        return text[:length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The format of rows with columns. special: finds special tokens' texts. bos, eos: the tokenizer's; "" where it has none."""
+
+    template: Template
+    columns: tuple[str, ...]
+    special: re.Pattern[str]
+    bos: str
+    eos: str
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Columns:
+        """The format that settings and tokenizer make."""
+        return cls(
+            template(settings), settings.prompt_columns + settings.completion_columns, any_of(special_texts(tokenizer)),
+            str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""),
+        )  # fmt: skip
+
+    def text(self, row: dict[str, Any]) -> Text:
+        """The filled template; the answer is what follows the prompt columns."""
+        given: list[str] = [row[column] for column in self.columns]
+        values = [self._without_bos(given[0]), *given[1:]]
+        values[-1] = self._without_eos(values[-1])
+        if empty := next((c for c, value in zip(self.columns, values, strict=True) if not value.strip()), None):
+            raise BadRow(f"column {empty} holds nothing but {self.eos if empty == self.columns[-1] else self.bos}")
+        text, prompt, starts = self.template.fill(values)
+        literal: list[Span] = [
+            (start + found.start(), start + found.end())
+            for start, value in zip(starts, values, strict=True)
+            for found in self.special.finditer(value)
+        ]
+        return Text(text, [(prompt, len(text))], literal, values != given)
+
+    def prompt(self, question: str) -> str:
+        """The template up to its answer."""
+        return self.template.prompt(question)
+
+    # BOS and EOS that people write at the ends of a row. Not where the value holds the other of the two as well: `<s>` and `</s>`
+    # are HTML too.
+
+    def _without_bos(self, value: str) -> str:
+        html = bool(self.eos) and self.eos in value
+        return value if not self.bos or html else value.removeprefix(self.bos)
+
+    def _without_eos(self, value: str) -> str:
+        html = bool(self.bos) and self.bos in value
+        ended = bool(self.eos) and value.rstrip().endswith(self.eos)
+        return value.rstrip().removesuffix(self.eos) if ended and not html else value
+
+
+def problem(row: dict[str, Any], columns: tuple[str, ...]) -> str | None:
+    """Why there is no training text in a row as it was read; None: there is. columns: those that have to hold text."""
+    for column in columns:
+        if column not in row:
+            return f"has no column {column}; its columns are {', '.join(map(str, row)) or 'none'}"
+        if wrong := checks.bad_text(row[column]):
+            return f"column {column} {wrong}"
+    return None
+
+
+def template(settings: Settings) -> Template:
+    """The template of PROMPT_TEMPLATE, or the tutorial's. Raises SettingsError where its {} do not fit the columns."""
+    text, columns = _template_file(settings), settings.prompt_columns + settings.completion_columns
+    named = settings.prompt_template is not None
+    shown = f"PROMPT_TEMPLATE={settings.prompt_template}" if named else "the medical reasoning template"
+    if text.count("{}") != len(columns):
+        raise SettingsError(
+            f"{shown}: has {text.count('{}')} places {{}} for {len(columns)} columns ({', '.join(columns)}); give one {{}} for "
+            "each of PROMPT_COLUMNS and COMPLETION_COLUMNS, in that order, in the file that PROMPT_TEMPLATE names"
+        )
+    return Template(text, len(settings.prompt_columns))
+
+
+def missing(settings: Settings) -> Iterator[str]:
+    """What is wrong with the file that PROMPT_TEMPLATE names, in a sentence."""
+    try:
+        _template_file(settings)
+    except SettingsError as error:
+        yield from error.problems
+
+
+def _template_file(settings: Settings) -> str:
+    """The text of the file that PROMPT_TEMPLATE names, or the tutorial's."""
+    if settings.prompt_template is None:
+        return TEMPLATE
+    path = Path(settings.prompt_template).expanduser()
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"PROMPT_TEMPLATE={settings.prompt_template}: is no file; give the path of a text file")
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise SettingsError(f"PROMPT_TEMPLATE={settings.prompt_template}: cannot be read ({why})") from None

@@ -1,0 +1,192 @@
+"""Conversations through the chat templates of the field, as trl ships them: nothing vanishes, and every answer is trained, no more."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from finetune import data
+from finetune.errors import SettingsError
+from finetune.settings import Settings
+
+# the end of an answer, in the middle and at the end of a conversation
+ENDS = {
+    "qwen2_5": ("<|im_end|>", "<|im_end|>"),
+    "qwen3": ("<|im_end|>", "<|im_end|>"),
+    "qwen3_instruct_2507": ("<|im_end|>", "<|im_end|>"),
+    "qwen3_5_think": ("<|im_end|>", "<|im_end|>"),
+    "phi3": ("<|end|>", "<|endoftext|>"),
+    "llama3": ("<|eot_id|>", "<|eot_id|>"),
+    "llama3_1": ("<|eot_id|>", "<|eot_id|>"),
+    "gemma3": ("<end_of_turn>", "<end_of_turn>"),
+    "gptoss": ("<|end|>", "<|return|>"),
+    "deepseek_r1_distill": ("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "lfm2": ("<|im_end|>", "<|im_end|>"),
+    "cohere": ("<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+}
+# contents that stand in roles and headers too, with white space, tags and Chinese
+CHAT = [
+    {"role": "user", "content": "user"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "assistant"},
+    {"role": "assistant", "content": "一个患有急性阑尾炎的病人\n\n  has <b>fever</b>."},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "user"},
+]
+
+
+def source(name: str) -> str:
+    return resources.files("trl").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+
+
+def words(name: str, eos: str) -> Any:
+    """A tokenizer with the template and the special tokens that stand in it."""
+    made = tiny.tokenizer("qwen2")
+    template = source(name)
+    special = {*re.findall(r"<\|[\w▁]+\|>|<｜[\w▁]+｜>|<(?:start|end)_of_turn>", template), eos, "<bos>"} - {
+        "<｜tool▁sep｜>"
+    }
+    made.add_special_tokens({"additional_special_tokens": sorted(special)})
+    made.eos_token, made.bos_token = eos, "<bos>"
+    made.chat_template = template
+    return made
+
+
+def tokens(folder: Path, tokenizer: Any, rows: list[Any], **values: Any) -> data.Tokens:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    settings = Settings.from_env({"DATASET_NAME": str(path), "TRAIN_ON": "response", **values})
+    return data.tokenize(data.load(settings), tokenizer, settings, datetime.date(2024, 7, 26))
+
+
+def trained(made: data.Tokens, tokenizer: Any) -> str:
+    row = made.dataset[0]
+    return str(tokenizer.decode([label for label in row["labels"] if label != data.IGNORED]))
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_every_answer_is_trained_with_its_end_and_nothing_else(tmp_path: Path, name: str) -> None:
+    middle, last = ENDS[name]
+    made = words(name, last)
+    answers = [turn["content"] for turn in CHAT if turn["role"] == "assistant"]
+    found = trained(tokens(tmp_path, made, [{"messages": CHAT}]), made)
+    # what a template writes at the head of an answer, which the model has to write too
+    heads = r"(?:<think>\s*</think>\s*|<\|channel\|>final<\|message\|>)?"
+    ends = [middle, middle, "<|end|><|endoftext|>" if name == "phi3" else last]
+    wanted = "".join(heads + re.escape(answer + end) for answer, end in zip(answers, ends, strict=True))
+    assert re.fullmatch(wanted, found.strip()), found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in ENDS if resources.files("trl").joinpath(f"chat_templates/{name}_training.jinja").is_file()],
+)
+def test_the_trained_part_is_that_of_trls_training_templates(tmp_path: Path, name: str) -> None:
+    """trl's templates mark with {% generation %} what is trained.
+
+    Theirs write the empty thought into each answer, and some mark what asks for the answer too, which no model has to write.
+    """
+    made = words(name, ENDS[name][1])
+    found = trained(tokens(tmp_path, made, [{"messages": CHAT}]), made)
+    made.chat_template = source(f"{name}_training")
+    theirs = made.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    masked = made.decode([i for i, use in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True) if use])
+    bare = [
+        re.sub(r"\s+|<think>\s*</think>|<\|start\|>assistant|<｜Assistant｜>", "", text) for text in (found, masked)
+    ]
+    assert bare[0] == bare[1]
+
+
+def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return dict(role=role, content=content, **more)
+
+
+ASKED, SAID = turn("user", "Weather in SF?"), turn("assistant", "18 degrees.")
+CALL = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "SF"}}}]
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "why"),
+    [
+        ("deepseek_r1_distill", dict(messages=[turn("human", "What is it?"), SAID]), r"content of message 1 \(role human\)"),
+        ("qwen3", dict(messages=[ASKED, turn("environment", "18C"), SAID]), r"content of message 2 \(role environment\)"),
+        ("deepseek_r1_distill", dict(messages=[turn("system", "One."), turn("system", "Two."), ASKED, SAID]), "message 1|message 2"),
+        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Four.", reasoning_content="R1")]), "the reasoning_content of message 2"),
+        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "<think>\nHm.\n</think>\nFour.")]), "before </think> of message 2"),
+        ("qwen2_5", dict(messages=[ASKED, turn("assistant", "Four.", reasoning_content="R1")]), "the reasoning_content of message 2"),
+        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Let me see.", tool_calls=CALL), SAID]), "message 2"),
+        ("qwen3", dict(messages=[ASKED, SAID], tools=[{"type": "function"}]), "has tools beside messages"),
+        ("qwen3", dict(messages=[ASKED, SAID], system="Answer in French."), "has system beside messages"),
+        ("qwen3", dict(messages=[ASKED, {**SAID, "weight": 0.5}]), "weight 0.5; it takes 0 and 1"),
+        ("llama3", dict(messages=[ASKED, turn("assistant", "<think></think>")]), "message 2 says nothing"),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_ends_the_run_with_its_row(
+    tmp_path: Path, template: str, row: Any, why: str
+) -> None:
+    made = words(template, ENDS[template][1])
+    fine = {"messages": [ASKED, SAID]}
+    with pytest.raises(SettingsError, match=rf"rows.jsonl row 2 \(line 2\): .*({why})"):
+        tokens(tmp_path, made, [fine, row, fine], TRAIN_ON="all")
+    kept = tokens(tmp_path, made, [fine, row, fine], TRAIN_ON="all", DROP_BAD_ROWS="1")
+    assert len(kept.dataset) == 2 and kept.dropped == 1
+
+
+def test_a_message_of_weight_0_is_not_trained(tmp_path: Path) -> None:
+    made = words("qwen3", "<|im_end|>")
+    row = dict(
+        messages=[
+            turn("user", "Capital of France?"),
+            turn("assistant", "Paris", weight=0),
+            ASKED,
+            {**SAID, "weight": 1},
+        ]
+    )
+    assert "Paris" not in trained(tokens(tmp_path, made, [row]), made)
+    with pytest.raises(SettingsError, match="weight 0, which TRAIN_ON=all would train"):
+        tokens(tmp_path, made, [row], TRAIN_ON="all")
+
+
+def test_a_row_that_a_template_refuses_is_named_and_may_be_dropped(tmp_path: Path) -> None:
+    made = words("gemma3", "<end_of_turn>")  # it wants turns of user and assistant by turns
+    rows = [{"messages": [ASKED, SAID]}, {"messages": [ASKED, ASKED, SAID]}]
+    with pytest.raises(SettingsError, match=r"row 2 \(line 2\): is refused by the model's chat template"):
+        tokens(tmp_path, made, rows)
+    assert len(tokens(tmp_path, made, rows, DROP_BAD_ROWS="1").dataset) == 1
+
+
+def test_a_special_token_written_in_a_message_is_text_and_an_end_of_ones_own_is_taken_out(tmp_path: Path) -> None:
+    made = words("qwen2_5", "<|im_end|>")
+    chat = [turn("user", "What is <|im_start|>?"), turn("assistant", "It ends with <|im_end|>, or not.<|im_end|>")]
+    found = tokens(tmp_path, made, [{"messages": chat}])
+    assert trained(found, made) == "It ends with <|im_end|>, or not.<|im_end|>"
+    ids = found.dataset[0]["input_ids"]
+    assert ids.count(made.eos_token_id) == 3  # the system prompt's, the user's and the assistant's own
+    assert any("BOS or EOS of their own" in note for note in found.notes)
+    assert any("1 rows hold the text of special tokens" in note for note in found.notes)
+
+
+def test_where_a_question_is_cut_no_end_is_trained(tmp_path: Path) -> None:
+    made = words("qwen2_5", "<|im_end|>")
+    row = dict(messages=[ASKED, SAID, turn("user", "long " * 200), SAID])
+    found = tokens(tmp_path, made, [row], MAX_SEQ_LENGTH="100")
+    assert found.truncated == 1 and trained(found, made) == "18 degrees.<|im_end|>"
+
+
+def test_the_date_of_a_template_is_the_runs(tmp_path: Path) -> None:
+    made = words("llama3_1", "<|eot_id|>")
+    made.chat_template = made.chat_template.replace(
+        '"26 Jul 2024"', 'strftime_now("%d %b %Y")'
+    )  # as Llama 3.1's own has it
+    assert "strftime_now" in made.chat_template
+    found = tokens(tmp_path, made, [{"messages": [ASKED, SAID]}])
+    assert "Today Date: 26 Jul 2024" in made.decode(found.dataset[0]["input_ids"]) and found.date == "2024-07-26"
+    other = words("qwen3", "<|im_end|>")
+    assert tokens(tmp_path, other, [{"messages": [ASKED, SAID]}]).date is None
