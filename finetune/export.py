@@ -127,11 +127,11 @@ class Block:
 
 
 class Sums:
-    """base + adapter, block by block. device: where the sums are made. dtypes: of the tensors that are made."""
+    """base + adapter, block by block. device: where the sums are made. dtypes: of the tensors that are made, by the `old` rule or not."""
 
-    def __init__(self, base: Base, adapter: Adapter, device: str):
+    def __init__(self, base: Base, adapter: Adapter, device: str, old: bool = False):
         self.targets, self.scale, self.device = adapter.locate(base), adapter.scale, device
-        self.dtypes, self.changed = _merged_dtypes(base), set[str]()
+        self.dtypes, self.changed = _merged_dtypes(base, old), set[str]()
         self.kept = [name for name in base.shapes if name not in self.targets]
         self.rounded = [name for name in self.kept if self.dtypes[name] != base.dtypes[name]]
         # B begins with zeros: it still holds nothing else where no gradient came
@@ -199,18 +199,18 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or all(map(math.isfinite, tensor.aminmax()))
 
 
-def _merged_dtypes(base: Base) -> dict[str, torch.dtype]:
+def _merged_dtypes(base: Base, old: bool) -> dict[str, torch.dtype]:
     """The type of each merged tensor: the base's own. A base that is float32 or float64 as a whole becomes a 16-bit one.
 
     Its matrices then become bfloat16, which has their range. What has fewer dimensions stays (norms, biases, A_log): it is
-    small, and the model may need its last bits.
+    small, and the model may need its last bits. old: as programs before this rule did it, who rounded all that is wide.
     """
     import torch
 
     wide = (torch.float32, torch.float64)
-    if _most(base, base.dtypes) not in wide:
+    if not old and _most(base, base.dtypes) not in wide:
         return dict(base.dtypes)
-    narrowed = {name for name, dtype in base.dtypes.items() if dtype in wide and len(base.shapes[name]) > 1}
+    narrowed = {name for name, dtype in base.dtypes.items() if dtype in wide and (old or len(base.shapes[name]) > 1)}
     return {name: torch.bfloat16 if name in narrowed else dtype for name, dtype in base.dtypes.items()}
 
 
@@ -251,13 +251,13 @@ def _write_and_check(sums: Sums, shards: list[Shard], paths: list[Path]) -> None
             list(done)
 
 
-def compare(source: Source, output: Path) -> Counts:
-    """Hold `output`/merged against base and `output`/adapter, block by block.
+def compare(source: Source, output: Path, old: bool = False) -> Counts:
+    """Hold `output`/merged against base and `output`/adapter, block by block. old: its types are those of `_merged_dtypes`' old rule.
 
     Raises SettingsError that names, for each shard, the first tensor that is not what it must be.
     """
     base, folder, problems = Base(source.folder), output / "merged", []
-    sums = Sums(base, Adapter(output / "adapter"), "cpu")
+    sums = Sums(base, Adapter(output / "adapter"), "cpu", old)
     paths = [folder / name for name in _shard_names(len(base.shards))]
     if weight_files(folder) != [path.name for path in paths]:
         raise SettingsError(f"{folder}: has {', '.join(weight_files(folder))}; a merge of this base has {', '.join(path.name for path in paths)}")  # fmt: skip

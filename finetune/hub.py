@@ -65,13 +65,8 @@ class Source:
         return future
 
     def _digests(self) -> dict[str, str]:
-        names = [
-            *weight_files(self.folder),
-            "config.json",
-            "generation_config.json",
-            *TOKENIZER_FILES,
-            *PROCESSOR_FILES,
-        ]
+        names = [*weight_files(self.folder), "config.json", "generation_config.json", *TOKENIZER_FILES]
+        names += PROCESSOR_FILES
         there = [name for name in names if (self.folder / name).is_file()]
         blobs = {name: (self.folder / name).resolve().name for name in there if self.commit}
         known = {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}

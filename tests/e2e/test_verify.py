@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, ROOT, call, environment, schema_errors, train
-from finetune import report, verify
+from finetune import export, files, report, verify
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
@@ -89,14 +89,22 @@ def test_of_a_float32_base_all_that_was_rounded_is_told(llama: Path, tmp_path: P
         for name, value in load_file(path).items():
             assert "q_proj" in name or torch.equal(merged[name], value if "norm" in name else value.bfloat16()), name
 
-
-def test_records_that_do_not_tell_what_was_rounded_or_unreached_are_read(run: Path) -> None:
-    record = json.loads((run / "run.json").read_text())
+    # a merge by an older program, which rounded the norms too and counted them as the base's
+    for path in shards(output):
+        save_file({n: v.bfloat16() for n, v in load_file(path).items()}, path, metadata={"format": "pt"})
+        recorded(output, path)
+    index = output / "merged" / "model.safetensors.index.json"
+    files.write_json(index, export._index(shards(output)))
+    recorded(output, index)
+    assert "holds other tensors than the base's" in refused(output)
+    record = json.loads((output / "run.json").read_text())
     for name in ("rounded", "unreached", "unreached_first"):
         del record["verification"][name]
-    (run / "run.json").write_text(json.dumps(record))
+    (output / "run.json").write_text(json.dumps(record))
     assert not schema_errors(record)
-    assert "the other 7 are the base's; all are finite" in said(run)
+    assert "the other 0 are the base's, 19 are the base's rounded to bfloat16; all are finite" in said(output)
+    tampered(output, shards(output)[0], lambda tensors: tensors["model.embed_tokens.weight"].view(-1)[7:8].add_(1))
+    assert "model.embed_tokens.weight has no adapter, but is not the base's" in refused(output)
 
 
 def test_each_damaged_missing_or_added_file_is_named_at_once(run: Path) -> None:
