@@ -1,6 +1,6 @@
 """The adapter as PEFT writes it, and the streamed 16-bit merge: base shards in, merged shards out, checked on disk.
 
-The merge adds scale * B @ A in float64 and rounds once to the base's 16-bit type, so that CPU and GPU, and any number of
+The merge adds scale * B @ A in float64 and rounds once to the tensor's own type, so that CPU and GPU, and any number of
 threads, give the same bytes. It goes block by block, several at once: while some are made and written, those before them
 go to the disk, and those that have arrived there are read back and compared.
 """
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import files
 from finetune.errors import MergeError, PreflightError, SettingsError
-from finetune.hub import INDEX, TOKENIZER_FILES, Source, weight_files
+from finetune.hub import INDEX, PROCESSOR_FILES, TOKENIZER_FILES, Source, weight_files
 from finetune.preflight import data_bytes, safetensors_header
 from finetune.weights import CODES, Adapter, Base, Shard
 
@@ -40,15 +40,25 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Merged:
-    """What was verified. changed: targets whose weights moved; rounded_away: targets that 16 bits left as the base's.
+class Counts:
+    """What the merged tensors are. changed: targets whose weights moved; rounded_away: targets that 16 bits left as the base's.
 
-    kept: tensors without a target, equal to the base's. gb: of the shards; seconds: to write, read back and compare them.
+    unreached: targets for which nothing was learned, such as layers without a gradient; unreached_first: one of them.
+    kept: tensors without a target, equal to the base's bit for bit; rounded: to the base's, rounded to bfloat16.
     """
 
     changed: int
     rounded_away: int
+    unreached: int
+    unreached_first: str | None
     kept: int
+    rounded: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged(Counts):
+    """What was verified. gb: of the shards; seconds: to write, read back and compare them."""
+
     gb: float
     seconds: float
 
@@ -100,7 +110,7 @@ def merge(
         size = sum(path.stat().st_size for path in paths)
         if len(paths) > 1:
             files.write_json(partial / INDEX, _index(paths))
-        _write_configs(source, base, partial, words)
+        _write_configs(source, base, sums.dtypes, partial, words)
     except BaseException as error:  # whatever ends it: no half a model stays on the disk
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -110,7 +120,8 @@ def merge(
             ) from None
         raise
     files.publish(partial, output / "merged")
-    return Merged(*sums.counts(), round(size / 1e9, 3), round(time.perf_counter() - began, 2))
+    seconds = round(time.perf_counter() - began, 2)
+    return Merged(**dataclasses.asdict(sums.counts()), gb=round(size / 1e9, 3), seconds=seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +135,16 @@ class Block:
 
 
 class Sums:
-    """base + adapter, block by block. device: where the sums are made."""
+    """base + adapter, block by block. device: where the sums are made. dtypes: of the tensors that are made, by the `old` rule or not."""
 
-    def __init__(self, base: Base, adapter: Adapter, device: str):
+    def __init__(self, base: Base, adapter: Adapter, device: str, old: bool = False):
         self.targets, self.scale, self.device = adapter.locate(base), adapter.scale, device
-        self.tensors, self.changed = len(base.shapes), set[str]()
+        self.dtypes, self.changed = _merged_dtypes(base, old), set[str]()
+        self.kept = [name for name in base.shapes if name not in self.targets]
+        self.rounded = [name for name in self.kept if self.dtypes[name] != base.dtypes[name]]
+        # B begins with zeros: it still holds nothing else where no gradient came
+        pairs = ((name, target) for name, target in self.targets.items() if isinstance(target, tuple))
+        self.unreached = {name for name, pair in pairs if not all(bool(factor.any()) for factor in pair)}
         # of the tensors under way: in float64 the whole adapter takes 0.3 GB of an 8B model's card at rank 16, 5 GB at 256
         self.factors = functools.lru_cache(2 * WORKERS)(lambda name: [f.to(device) for f in self.targets[name]])
 
@@ -137,7 +153,7 @@ class Sums:
         import torch
 
         weight, target = block.shard.read(block.name, block.row), self.targets.get(block.name)
-        before = weight.to(_merged_dtype(weight.dtype))
+        before = weight.to(self.dtypes[block.name])
         if not isinstance(target, tuple):
             return before, before if target is None else target.to(before.dtype)[None]
         left, right = self.factors(block.name)
@@ -145,10 +161,17 @@ class Sums:
         exact.addmm_(left[block.row : block.row + len(weight)], right, alpha=self.scale)
         return before, exact.to(before.dtype)
 
-    def counts(self) -> tuple[int, int, int]:
-        """Of what was checked: targets whose weights moved, targets that equal the base's, and tensors without a target."""
-        changed, targets = len(self.changed), len(self.targets)
-        return changed, targets - changed, self.tensors - targets
+    def counts(self) -> Counts:
+        """Of what was checked."""
+        changed, unreached = len(self.changed), sorted(self.unreached - self.changed)
+        return Counts(
+            changed=changed,
+            rounded_away=len(self.targets) - changed - len(unreached),
+            unreached=len(unreached),
+            unreached_first=unreached[0] if unreached else None,
+            kept=len(self.kept) - len(self.rounded),
+            rounded=len(self.rounded),
+        )
 
     def write(self, block: Block) -> None:
         """Write the block to its place in a file that has its header."""
@@ -173,6 +196,10 @@ class Sums:
             raise MergeError(f"{at} {wrong}")
         if block.name in self.targets and not torch.equal(found, before):
             self.changed.add(block.name)
+        elif isinstance(target := self.targets.get(block.name), torch.Tensor):
+            weight = block.shard.read(block.name, block.row)
+            if torch.equal(target.to(torch.float64)[None], weight.to(torch.float64)):  # a bias as it was
+                self.unreached.add(block.name)
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -180,11 +207,28 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or all(map(math.isfinite, tensor.aminmax()))
 
 
-def _merged_dtype(dtype: torch.dtype) -> torch.dtype:
-    """16-bit types stay; float32 and float64 become bfloat16, which has their range; whole numbers stay."""
+def _merged_dtypes(base: Base, old: bool) -> dict[str, torch.dtype]:
+    """The type of each merged tensor: the base's own. A base that is float32 or float64 as a whole becomes a 16-bit one.
+
+    Its matrices then become bfloat16, which has their range. What has fewer dimensions stays (norms, biases, A_log): it is
+    small, and the model may need its last bits. old: as programs before this rule did it, who rounded all that is wide.
+    """
     import torch
 
-    return torch.bfloat16 if dtype in (torch.float32, torch.float64) else dtype
+    wide = (torch.float32, torch.float64)
+    if not old and _most(base, base.dtypes) not in wide:
+        return dict(base.dtypes)
+    narrowed = {name for name, dtype in base.dtypes.items() if dtype in wide and (old or len(base.shapes[name]) > 1)}
+    return {name: torch.bfloat16 if name in narrowed else dtype for name, dtype in base.dtypes.items()}
+
+
+def _most(base: Base, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
+    """The type that most of the base's weights have in `dtypes`; None: it has none."""
+    counts: collections.Counter[torch.dtype] = collections.Counter()
+    for name, dtype in dtypes.items():
+        if dtype.is_floating_point:
+            counts[dtype] += math.prod(base.shapes[name])
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _blocks(shard: Shard, made: Shard) -> list[Block]:
@@ -196,7 +240,7 @@ def _write_and_check(sums: Sums, shards: list[Shard], paths: list[Path]) -> None
 
     Raises MergeError where it is not what was written.
     """
-    made = [_begin(shard, path) for shard, path in zip(shards, paths, strict=True)]
+    made = [_begin(shard, path, sums.dtypes) for shard, path in zip(shards, paths, strict=True)]
     blocks = [block for pair in zip(shards, made, strict=True) for block in _blocks(*pair)]
     before: list[Block] = []
     checks: list[Iterable[None]] = []
@@ -207,7 +251,7 @@ def _write_and_check(sums: Sums, shards: list[Shard], paths: list[Path]) -> None
             for block in {block.made: block for block in before}.values():
                 with open(block.made.path, "rb") as stream:
                     os.fdatasync(stream.fileno())
-                _made_of(block.shard, block.made.path)
+                _made_of(block.shard, block.made.path, sums.dtypes)
             checks.append(pool.map(sums.check, before))
             list(writing)  # waits, and raises what a worker raised
             before = group
@@ -215,13 +259,13 @@ def _write_and_check(sums: Sums, shards: list[Shard], paths: list[Path]) -> None
             list(done)
 
 
-def compare(source: Source, output: Path) -> tuple[int, int, int]:
-    """Hold `output`/merged against base and `output`/adapter, block by block: the counts of `Sums.counts`.
+def compare(source: Source, output: Path, old: bool = False) -> Counts:
+    """Hold `output`/merged against base and `output`/adapter, block by block. old: its types are those of `_merged_dtypes`' old rule.
 
     Raises SettingsError that names, for each shard, the first tensor that is not what it must be.
     """
     base, folder, problems = Base(source.folder), output / "merged", []
-    sums = Sums(base, Adapter(output / "adapter"), "cpu")
+    sums = Sums(base, Adapter(output / "adapter"), "cpu", old)
     paths = [folder / name for name in _shard_names(len(base.shards))]
     if weight_files(folder) != [path.name for path in paths]:
         raise SettingsError(f"{folder}: has {', '.join(weight_files(folder))}; a merge of this base has {', '.join(path.name for path in paths)}")  # fmt: skip
@@ -230,7 +274,7 @@ def compare(source: Source, output: Path) -> tuple[int, int, int]:
     for shard, path in zip(base.shards, paths, strict=True):
         try:
             with ThreadPoolExecutor(WORKERS) as pool:
-                list(pool.map(sums.check, _blocks(shard, _made_of(shard, path))))
+                list(pool.map(sums.check, _blocks(shard, _made_of(shard, path, sums.dtypes))))
         except MergeError as error:
             problems += [f"{folder}: {problem}" for problem in error.problems]
     if problems:
@@ -265,29 +309,29 @@ def structure(output: Path) -> str:
     return ", ".join(said)
 
 
-def _made_of(shard: Shard, path: Path) -> Shard:
+def _made_of(shard: Shard, path: Path, dtypes: Mapping[str, torch.dtype]) -> Shard:
     """The file at `path`. Raises MergeError where it does not hold the base's tensors in their order and the merge's types."""
-    made, wanted = Shard(path), _header(shard)
+    made, wanted = Shard(path), _header(shard, dtypes)
     if wrong := sorted(name for name in {*made.header, *wanted} if made.header.get(name) != wanted.get(name)):
         raise MergeError(f"{path.name}: holds other tensors than the base's {shard.path.name}: {', '.join(wrong)}")
     return made
 
 
-def _header(shard: Shard) -> dict[str, dict[str, Any]]:
+def _header(shard: Shard, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[str, Any]]:
     """The safetensors header of what is made of the shard: its tensors, in its order, one after the other."""
     codes = {f"torch.{name}": code for code, name in CODES.items()}
     header, offset = {}, 0
     for name in shard.names:
-        dtype, shape = _merged_dtype(shard.dtypes[name]), shard.shapes[name]
+        dtype, shape = dtypes[name], shard.shapes[name]
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = dict(dtype=codes[str(dtype)], shape=list(shape), data_offsets=[offset, end])
         offset = end
     return header
 
 
-def _begin(shard: Shard, path: Path) -> Shard:
+def _begin(shard: Shard, path: Path, dtypes: Mapping[str, torch.dtype]) -> Shard:
     """The file for what is made of the shard: length of the header (8 bytes), header in JSON, and as yet no data."""
-    text = json.dumps({"__metadata__": {"format": "pt"}, **_header(shard)}, separators=(",", ":")).encode()
+    text = json.dumps({"__metadata__": {"format": "pt"}, **_header(shard, dtypes)}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     return Shard(path)
@@ -307,26 +351,23 @@ def _index(paths: list[Path]) -> dict[str, Any]:
     return dict(metadata=dict(total_size=total), weight_map=dict(sorted(weights.items())))
 
 
-def _write_configs(source: Source, base: Base, folder: Path, words: Mapping[str, bytes]) -> None:
-    """config.json with the type of the weights, generation_config.json and the tokenizer, all the base's own."""
+def _write_configs(
+    source: Source, base: Base, dtypes: Mapping[str, torch.dtype], folder: Path, words: Mapping[str, bytes]
+) -> None:
+    """config.json with the type of the weights, generation_config.json, tokenizer and processor, all the base's own.
+
+    The type is that of most merged weights. What the base's config.json says may be another one, in which they would be loaded
+    and rounded.
+    """
     config = json.loads((source.folder / "config.json").read_bytes())
     config.pop("torch_dtype", None)
-    config["dtype"] = _main_dtype(base)
+    config["dtype"] = str(_most(base, dtypes)).removeprefix("torch.")
     files.write_json(folder / "config.json", config)
-    _copy(source.folder, folder, (*TOKENIZER_FILES, "generation_config.json"), words)
+    _copy(source.folder, folder, (*TOKENIZER_FILES, *PROCESSOR_FILES, "generation_config.json"), words)
     if not (folder / "generation_config.json").exists():
         from transformers import AutoConfig, GenerationConfig
 
         GenerationConfig.from_model_config(AutoConfig.from_pretrained(source.folder)).save_pretrained(folder)
-
-
-def _main_dtype(base: Base) -> str:
-    """The type that most merged weights have. What config.json says may be another one, in which they would be loaded and rounded."""
-    counts: collections.Counter[torch.dtype] = collections.Counter()
-    for shard in base.shards:
-        for name in shard.names:
-            counts[_merged_dtype(shard.dtypes[name])] += math.prod(shard.shapes[name])
-    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...], instead: Mapping[str, bytes]) -> None:

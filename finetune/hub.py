@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+# what AutoProcessor reads beside the tokenizer, of models that take pictures or sound
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Source:
 
     def _digests(self) -> dict[str, str]:
         names = [*weight_files(self.folder), "config.json", "generation_config.json", *TOKENIZER_FILES]
+        names += PROCESSOR_FILES
         there = [name for name in names if (self.folder / name).is_file()]
         blobs = {name: (self.folder / name).resolve().name for name in there if self.commit}
         known = {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}

@@ -97,16 +97,26 @@ def summary(output: Path, record: dict[str, Any]) -> str:
         lines += [f"before: {_start(record['samples']['before'])}", f"after:  {_start(record['samples']['after'])}"]
     if verified:
         lines.append(
-            f"verified: {verified['changed']} merged tensors changed as the adapter says, {verified['kept']} are the base's"
+            f"verified: {verified['changed']} merged tensors changed as the adapter says, {same(verified['kept'], verified['rounded'])}"
         )
         if verified["rounded_away"]:
             lines.append(
                 f"note: {verified['rounded_away']} adapted tensors did not change: the learning was too small for 16 bits"
             )
+        if verified["unreached"]:
+            lines.append(
+                f"note: {verified['unreached']} adapted tensors did not change: nothing was learned for them, as for "
+                f"{verified['unreached_first']}; TARGET_MODULES may name layers that this training does not use"
+            )
     for name, what in (("adapter", "LoRA adapter and tokenizer"), ("merged", "merged 16-bit weights"), ("report.html", "report with curves"), ("samples.md", "answers before and after"), ("run.json", "record of the run")):  # fmt: skip
         if (output / name).exists():
             lines.append(f"{what + ':':26} {output / name}")
     return "\n".join(lines)
+
+
+def same(kept: int, rounded: int) -> str:
+    """What is said of merged tensors without a target. rounded: those that were wider than 16 bits in the base."""
+    return f"{kept} are the base's" + (f", {rounded} are the base's rounded to bfloat16" if rounded else "")
 
 
 def _start(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune import export, folder, hub
+from finetune import export, folder, hub, report
 from finetune.errors import SettingsError
 from finetune.hub import Source
 from finetune.settings import Settings
@@ -27,10 +27,12 @@ def run(settings: Settings) -> Iterator[str]:
     if kept == {"adapter", "merged"}:
         base, why_not = at_hand(record, settings)
         if base is not None:
-            changed, rounded, same = export.compare(base, output)
+            made = record.get("verification")
+            found = export.compare(base, output, old=isinstance(made, dict) and "rounded" not in made)
+            targets = found.changed + found.rounded_away + found.unreached
             yield (
-                f"{output / 'merged'}: {changed + rounded} tensors are base + adapter, rounded once; the other {same} are the "
-                "base's; all are finite"
+                f"{output / 'merged'}: {targets} tensors are base + adapter, rounded once; the other "
+                f"{report.same(found.kept, found.rounded)}; all are finite"
             )
             return
         missing = f"that merged is base + adapter: {why_not}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import zipfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import MergeError, SettingsError
 from finetune.hub import Source, weight_files
@@ -42,7 +45,9 @@ class Shard:
                 )
             self.dtypes = {name: getattr(torch, CODES[self.header[name]["dtype"]]) for name in self.names}
         else:
-            self.loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            # before 1.6 torch.save wrote no zip archive, and nothing else can be mapped
+            mapped = zipfile.is_zipfile(path)
+            self.loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
             self.names = sorted(name for name, value in self.loaded.items() if isinstance(value, torch.Tensor))
             self.shapes = {name: tuple(self.loaded[name].shape) for name in self.names}
             self.dtypes = {name: self.loaded[name].dtype for name in self.names}
@@ -86,6 +91,7 @@ class Base:
         self.shards = [Shard(folder / name) for name in weight_files(folder)]
         self.folder = folder
         self.shapes = {name: shape for shard in self.shards for name, shape in shard.shapes.items()}
+        self.dtypes = {name: dtype for shard in self.shards for name, dtype in shard.dtypes.items()}
         self.size = sum(shard.path.stat().st_size for shard in self.shards)
 
 
@@ -120,58 +126,105 @@ class Adapter:
 
         Raises SettingsError where the base has none for a part of the adapter.
         """
-        conv = _transposed_modules(base.folder)
+        layout = Layout(base, {*self.pairs, *self.biases})
         found: dict[str, tuple[Tensor, Tensor] | Tensor] = {}
         for module, (a, b) in self.pairs.items():
-            left, right = (a.T, b.T) if module in conv else (b, a)
-            found[_tensor_of(module, "weight", base, (left.shape[0], right.shape[1]))] = left, right
+            left, right = (a.T, b.T) if module in layout.transposed else (b, a)
+            found[layout.tensor(module, "weight", (left.shape[0], right.shape[1]))] = left, right
         for module, bias in self.biases.items():
-            found[_tensor_of(module, "bias", base, tuple(bias.shape))] = bias
+            found[layout.tensor(module, "bias", tuple(bias.shape))] = bias
         return found
 
 
-def _transposed_modules(folder: Path) -> set[str]:
-    """Names of the modules that store their weight as (in, out)."""
+class Layout:
+    """Which tensor of the base is which part of the model, as transformers finds it. transposed: modules that store (in, out).
+
+    Names in the files are often other ones than in the model, and names alone mislead: below the same end stand layers of
+    the language model, of towers for pictures and sound, and of those that predict further tokens (MTP), which are not loaded.
+    """
+
+    def __init__(self, base: Base, modules: Collection[str]):
+        """modules: of the adapter. Of the classes that take the base it is the one in which most of them are found."""
+        from transformers.pytorch_utils import Conv1D
+
+        self.base, best, found = base, -1, dict[str, Any]()
+        for model in _models(base.folder):
+            inside = dict(model.named_modules())
+            if (count := len(inside.keys() & set(modules))) > best:
+                best, found = count, inside
+            if count == len(modules):
+                break
+        if not found:
+            raise SettingsError(
+                f"MODEL_NAME={base.folder}: is of a kind that transformers cannot build, so that the merge cannot find its "
+                "weights; set SAVE_MERGED=0"
+            )
+        self.transposed = {name for name, module in found.items() if isinstance(module, Conv1D)}
+        self.names = _loaded_as(found[""], base.shapes)
+
+    def tensor(self, module: str, part: str, shape: tuple[int, ...]) -> str:
+        """The base's tensor for a module's weight or bias. Raises SettingsError where it has none of this shape."""
+        name = self.names.get(f"{module}.{part}", "")
+        if self.base.shapes.get(name) == shape:
+            return name
+        raise SettingsError(
+            f"{self.base.folder.name}: the weights of {module} are stored in another form than the model uses, so that the merge "
+            "cannot find them; leave it out of TARGET_MODULES, or set SAVE_MERGED=0"
+        )
+
+
+def _models(folder: Path) -> Iterator[Any]:
+    """The model without its weights, in each class that takes it: the transformers engine's first, then those of unsloth."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        model = None
+        with torch.device("meta"), contextlib.suppress(ValueError):  # of a kind that it does not know
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = kind.from_config(config, trust_remote_code=False)
+        if model is not None:
+            yield model
 
 
-def _tensor_of(module: str, part: str, base: Base, shape: tuple[int, ...]) -> str:
-    """The base's tensor for a module: its own name, or the longest end of it that names any; of several, the one of its shape."""
-    parts = module.split(".")
-    ends = (".".join([*parts[start:], part]) for start in range(len(parts)))
-    named = ([name for name in base.shapes if name == end or name.endswith(f".{end}")] for end in ends)
-    fitting = [name for name in next(filter(None, named), []) if base.shapes[name] == shape]
-    if len(fitting) == 1:
-        return fitting[0]
-    raise SettingsError(
-        f"{base.folder.name}: the weights of {module} are stored in another form than the model uses, so that the merge cannot "
-        "find them; leave it out of TARGET_MODULES, or set SAVE_MERGED=0"
-    )
+def _loaded_as(model: Any, names: Collection[str]) -> dict[str, str]:
+    """Name in the model -> name of the tensor that transformers loads there as it is; "" where it makes it of several.
+
+    As convert_and_load_state_dict_in_model goes through them: sorted, all renamings, then one conversion; the first counts.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    prefix, inside = model.base_model_prefix, model.state_dict()
+    found: dict[str, str] = {}
+    for name in sorted(names, key=dot_natural_key):
+        here, converted = rename_source_key(name, renamings, converters, prefix, inside)
+        if here not in inside and name in inside:
+            here, converted = rename_source_key(name, [], [], prefix, inside)
+        if here in inside:
+            found.setdefault(here, "" if converted else name)
+    return found
 
 
 def check_mergeable(model: PeftModel, source: Source) -> None:
     """Before training: every adapted module has its tensor in the base. Raises SettingsError that names those without."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    base = Base(source.folder)
-    conv = _transposed_modules(source.folder)
+    adapted = {key: module for key, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    layout = Layout(Base(source.folder), adapted)
     found, lost = set(), set()
-    for key, module in model.get_base_model().named_modules():
-        if hasattr(module, "lora_A"):
-            shape = (module.out_features, module.in_features)
-            name = key.removesuffix(".base_layer").rpartition(".")[2]
-            try:
-                _tensor_of(key, "weight", base, shape[::-1] if key in conv else shape)
-                if not isinstance(module, ParamWrapper):  # which no name in TARGET_MODULES makes
-                    found.add(name)
-            except SettingsError:
-                lost.add(name)
+    for key, module in adapted.items():
+        shape = (module.out_features, module.in_features)
+        name = key.removesuffix(".base_layer").rpartition(".")[2]
+        try:
+            layout.tensor(key, "weight", shape[::-1] if key in layout.transposed else shape)
+            if not isinstance(module, ParamWrapper):  # which no name in TARGET_MODULES makes
+                found.add(name)
+        except SettingsError:
+            lost.add(name)
     if lost:
         rest = ",".join(sorted(found - lost))
         raise SettingsError(

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, call, environment, train
-from finetune import report, verify
+from conftest import QUICK, ROOT, call, environment, schema_errors, train
+from finetune import export, files, report, verify
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
@@ -69,6 +69,42 @@ def test_a_whole_run(run: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert "files are as the run wrote them" in answer.stdout
     assert "14 tensors are base + adapter, rounded once; the other 7 are the base's; all are finite" in answer.stdout
+
+
+def test_of_a_float32_base_all_that_was_rounded_is_told(llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    for path in base.glob("*.safetensors"):
+        save_file({n: v.float() * 1.001 for n, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    output = tmp_path / "out"
+    answer = call("train", **{**QUICK, "MODEL_NAME": base, "OUTPUT_DIR": output, "TARGET_MODULES": "q_proj"})
+    assert answer.returncode == 0, answer.stderr
+    said_so = "5 are the base's, 14 are the base's rounded to bfloat16"
+    assert f"verified: 2 merged tensors changed as the adapter says, {said_so}\n" in answer.stdout
+    record = json.loads((output / "run.json").read_text())
+    assert not schema_errors(record) and (record["verification"]["kept"], record["verification"]["rounded"]) == (5, 14)
+    assert f"2 tensors are base + adapter, rounded once; the other {said_so}; all are finite" in said(output)
+    merged = {n: v for path in (output / "merged").glob("*.safetensors") for n, v in load_file(path).items()}
+    for path in base.glob("*.safetensors"):
+        for name, value in load_file(path).items():
+            assert "q_proj" in name or torch.equal(merged[name], value if "norm" in name else value.bfloat16()), name
+
+    # a merge by an older program, which rounded the norms too and counted them as the base's
+    for path in shards(output):
+        save_file({n: v.bfloat16() for n, v in load_file(path).items()}, path, metadata={"format": "pt"})
+        recorded(output, path)
+    index = output / "merged" / "model.safetensors.index.json"
+    files.write_json(index, export._index(shards(output)))
+    recorded(output, index)
+    assert "holds other tensors than the base's" in refused(output)
+    record = json.loads((output / "run.json").read_text())
+    for name in ("rounded", "unreached", "unreached_first"):
+        del record["verification"][name]
+    (output / "run.json").write_text(json.dumps(record))
+    assert not schema_errors(record)
+    assert "the other 0 are the base's, 19 are the base's rounded to bfloat16; all are finite" in said(output)
+    tampered(output, shards(output)[0], lambda tensors: tensors["model.embed_tokens.weight"].view(-1)[7:8].add_(1))
+    assert "model.embed_tokens.weight has no adapter, but is not the base's" in refused(output)
 
 
 def test_each_damaged_missing_or_added_file_is_named_at_once(run: Path) -> None:

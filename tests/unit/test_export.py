@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+import short_run
 import tiny
-from finetune import export, files, weights
+from conftest import environment
+from finetune import export, files, report, weights
 from finetune.errors import MergeError, PreflightError, SettingsError
 from finetune.hub import Source
 
@@ -23,6 +27,24 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": {}, "llama-sharded": {"shards": True}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16}, "phi3": {"pad_token_id": 0}, "mistral": {}, "gpt2": {"tie_word_embeddings": True},
 }  # fmt: skip
+# Architectures with tensors that their checkpoints hold in float32 beside bfloat16 weights, and the ends of their names.
+FLOAT32: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "deepseek_v3": (
+        dict(n_routed_experts=16, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1, q_lora_rank=16,
+             kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_key_value_heads=4),
+        ("e_score_correction_bias", "norm.weight", "o_proj.weight", "q_a_proj.weight"),
+    ),
+    "falcon_h1": (
+        dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=16, head_dim=16),
+        ("A_log", "dt_bias", ".D", "conv1d.weight"),
+    ),
+}  # fmt: skip
+FULL_AND_LINEAR = dict(
+    head_dim=16, layer_types=["full_attention", "linear_attention"], linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=16, linear_value_head_dim=16,
+)  # fmt: skip
+TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=1000)  # fmt: skip
+SIGHT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
 
 
 def adapted(folder: Path, output: Path, seed: int = 1, **options: Any) -> PeftModel:
@@ -43,6 +65,23 @@ def adapted(folder: Path, output: Path, seed: int = 1, **options: Any) -> PeftMo
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def rewritten(folder: Path, change: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model in one file, after `change` was called with them."""
+    values = tensors(folder)
+    change(values)
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    return values
+
+
+def agree(model: PeftModel, merged: Path, within: float = 0.01) -> bool:
+    """Whether the merged weights give the logits of base + adapter. within: what the rounding of targets to bfloat16 costs."""
+    again = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        wanted, found = model(input_ids=ids).logits, again(input_ids=ids).logits
+    return bool((wanted - found).abs().max() < within * wanted.abs().max() + within)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -137,13 +176,58 @@ def test_layers_of_one_name_in_text_and_sight_are_told_apart_by_their_shape(tmp_
     assert all((wanted[name] - found[name]).abs().max() <= 0.01 * wanted[name].abs().max() for name in wanted)
 
 
-def test_a_float32_base_becomes_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", FLOAT32)
+def test_float32_tensors_of_a_16_bit_base_keep_type_and_bytes(tmp_path: Path, kind: str) -> None:
+    options, ends = FLOAT32[kind]
+    folder = tiny.model(tmp_path / "base", kind, **options)
+
+    def widen(values: dict[str, torch.Tensor]) -> None:
+        torch.manual_seed(2)
+        for name in (name for name in values if name.endswith(ends)):
+            # near 1, where bfloat16 is 0.008 apart: 16 biases would become one or two
+            values[name] = 1 + 0.004 * torch.randn(values[name].shape) if values[name].dim() == 1 else values[name].float() * 1.001  # fmt: skip
+
+    base = rewritten(folder, widen)
+    model = adapted(folder, tmp_path, target_modules=["o_proj", "q_a_proj"])
+    done = export.merge(Source("base", None, folder), tmp_path)
+    merged, targets = tensors(tmp_path / "merged"), weights.Adapter(tmp_path / "adapter").locate(weights.Base(folder))
+    for name, value in base.items():
+        assert merged[name].dtype == value.dtype
+        if name in targets:
+            assert not torch.equal(merged[name], value)
+        else:
+            assert torch.equal(merged[name].view(torch.uint8), value.view(torch.uint8)), name
+    wide = {name for name in base if base[name].dtype == torch.float32}
+    assert len(wide) > 4 and (kind != "deepseek_v3" or wide & targets.keys())
+    assert (done.changed, done.kept, done.rounded) == (len(targets), len(base) - len(targets), 0)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    # the targets of one are float32: its 16 experts are chosen as before, and nothing was rounded to 16 bits
+    assert agree(model, tmp_path / "merged", *([1e-5] if kind == "deepseek_v3" else []))
+    assert export.compare(Source("base", None, folder), tmp_path).kept == done.kept
+
+    name = min(wide - targets.keys())
+    rewritten(tmp_path / "merged", lambda values: values.update({name: values[name].bfloat16()}))
+    with pytest.raises(SettingsError, match=f"holds other tensors than the base's model.safetensors.* {name}"):
+        export.compare(Source("base", None, folder), tmp_path)
+    rewritten(tmp_path / "merged", lambda values: values.update({name: values[name].float()}))
+    with pytest.raises(SettingsError, match=f"{name} has no adapter, but is not the base's"):
+        export.compare(Source("base", None, folder), tmp_path)
+
+
+def test_a_float32_base_becomes_bfloat16_but_for_norms(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder)
-    adapted(folder, tmp_path)
-    export.merge(Source("base", None, folder), tmp_path)
-    assert {value.dtype for value in tensors(tmp_path / "merged").values()} == {torch.bfloat16}
+    base = rewritten(folder, lambda values: [value.mul_(1.001) for value in values.values()])
+    model = adapted(folder, tmp_path, target_modules=["q_proj"])
+    done = export.merge(Source("base", None, folder), tmp_path)
+    merged = tensors(tmp_path / "merged")
+    for name, value in base.items():
+        assert merged[name].dtype == (torch.float32 if value.dim() == 1 else torch.bfloat16)
+        assert "q_proj" in name or torch.equal(merged[name], value.to(merged[name].dtype)), name
+    assert (done.changed, done.kept, done.rounded) == (2, 5, 14)
+    assert export.compare(Source("base", None, folder), tmp_path) == export.Counts(2, 0, 0, None, 5, 14)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    assert agree(model, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("said", ["float32", "bfloat16", None])
@@ -160,12 +244,144 @@ def test_the_merged_config_says_the_type_that_the_weights_have(tmp_path: Path, s
         assert value.dtype == loaded[name].dtype == torch.float16 and torch.equal(value, loaded[name]), name
 
 
-def test_a_pytorch_bin_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zipped", [True, False], ids=["of torch 1.6", "older"])
+def test_a_pytorch_bin_base(tmp_path: Path, zipped: bool) -> None:
     folder = tiny.model(tmp_path / "base")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    base = load_file(folder / "model.safetensors")
+    torch.save(base, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (folder / "model.safetensors").unlink()
     adapted(folder, tmp_path)
-    assert export.merge(Source("base", None, folder), tmp_path).changed == 14
+    done = export.merge(Source("base", None, folder), tmp_path)
+    merged = tensors(tmp_path / "merged")
+    assert done.changed == 14 == sum(not torch.equal(merged[name], base[name]) for name in base)
+    assert export.compare(Source("base", None, folder), tmp_path).changed == 14
+    short_run.fit(folder, tmp_path / "checkpoints", MAX_STEPS="1")  # training loads it too
+
+
+@pytest.mark.parametrize("sight", [False, True], ids=["text alone", "with a tower for pictures"])
+def test_layers_that_are_not_loaded_are_not_merged_into(tmp_path: Path, sight: bool) -> None:
+    """Qwen3.5: its files hold the language model under a name of its own, a tower, and a layer that predicts further tokens."""
+    folder = tiny.model(tmp_path / "base", "qwen3_5_text", **FULL_AND_LINEAR)
+    if sight:
+        text = AutoConfig.from_pretrained(folder).to_dict()
+        size = dict(
+            depth=2, hidden_size=64, num_heads=4, intermediate_size=128, out_hidden_size=64, num_position_embeddings=16
+        )
+        config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=size)
+        made = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        made.save_pretrained(folder)
+
+    def add(values: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in values if name.startswith("model.") and not sight]:
+            values["model.language_model." + name.removeprefix("model.")] = values.pop(name)
+        for name in [name for name in values if "language_model.layers.0." in name]:
+            values[name.replace("model.language_model.layers", "mtp.layers")] = values[name] + 1
+
+    base = rewritten(folder, add)
+    model = adapted(folder, tmp_path, target_modules=["q_proj", "o_proj", "out_proj"])
+    assert export.merge(Source("base", None, folder), tmp_path).changed == 3
+    merged = tensors(tmp_path / "merged")
+    moved = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert len(moved) == 3 and all(name.startswith("model.language_model.layers.") for name in moved)
+    assert "mtp.layers.0.self_attn.q_proj.weight" in base and sight == any("visual" in name for name in base)
+    assert agree(model, tmp_path / "merged")
+
+
+def old_names(values: dict[str, torch.Tensor]) -> None:
+    """As Google's files name them."""
+    for name in [name for name in values if name.startswith("vision_tower.")]:
+        values[name.replace("vision_tower.", "vision_tower.vision_model.")] = values.pop(name)
+
+
+@pytest.mark.parametrize("change", [dict, old_names], ids=["names of today", "names of then"])
+def test_layers_of_text_and_sight_are_told_apart_though_their_shapes_are_equal(tmp_path: Path, change: Any) -> None:
+    folder = tiny.model(tmp_path / "base", "gemma3", text_config=TEXT, vision_config=SIGHT, mm_tokens_per_image=4)
+    base = rewritten(folder, change)
+    assert [value.shape for name, value in base.items() if "layers.0.self_attn.q_proj.weight" in name] == [(64, 64)] * 2
+    for targets, moved in (
+        ("q_proj", 3),
+        (r".*language_model.*\.(q_proj|fc1|down_proj)", 4),
+        (r".*encoder.*\.(q_proj|fc1)", 2),
+    ):
+        model = adapted(folder, tmp_path, target_modules=[targets] if targets == "q_proj" else targets)
+        assert export.merge(Source("base", None, folder), tmp_path).changed == moved
+        wanted = model.merge_and_unload().state_dict()
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+        assert wanted.keys() == found.keys()
+        assert all((wanted[name] - found[name]).abs().max() <= 0.01 * wanted[name].abs().max() for name in wanted)
+
+
+PROCESSOR = """
+import json, sys
+from pathlib import Path
+from transformers import AutoProcessor, Gemma3ImageProcessor, Gemma3Processor
+import tiny
+what, folder = sys.argv[1], Path(sys.argv[2])
+if what == "make":
+    special = dict(boi_token="<start>", eoi_token="<end>", image_token="<image>")
+    words = tiny.tokenizer("llama")
+    words = type(words)(tokenizer_object=words.backend_tokenizer, bos_token="<s>", eos_token="</s>", extra_special_tokens=special)
+    processor = Gemma3Processor(Gemma3ImageProcessor(size=dict(height=28, width=28)), words, image_seq_length=4)
+    processor.save_pretrained(folder)
+else:
+    from PIL import Image
+    made = AutoProcessor.from_pretrained(folder)(text="a <start> b", images=[[Image.new("RGB", (40, 30), "red")]])
+    print(json.dumps([type(AutoProcessor.from_pretrained(folder)).__name__, made["input_ids"], list(made["pixel_values"][0].shape)]))
+"""
+
+
+def test_a_model_that_takes_pictures_keeps_its_processor(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base", "gemma3", text_config=TEXT, vision_config=SIGHT, mm_tokens_per_image=4)
+
+    def processor(what: str, folder: Path) -> str:
+        """In a process of its own: this one may have been told to do without torchvision."""
+        command = [sys.executable, "-c", PROCESSOR, what, str(folder)]
+        values = environment(PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+        answer = subprocess.run(command, capture_output=True, text=True, env=values, timeout=280)
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout
+
+    processor("make", folder)
+    # files of older repositories, read where there is no processor_config.json that holds it all
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    (folder / "video_preprocessor_config.json").write_text("{}")
+    adapted(folder, tmp_path, target_modules=["o_proj"])
+    export.merge(Source("base", None, folder), tmp_path)
+    names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+    for name in names:
+        assert (tmp_path / "merged" / name).read_bytes() == (folder / name).read_bytes()
+    assert Source("base", None, folder).digests.keys() >= set(names)
+    assert processor("use", tmp_path / "merged") == processor("use", folder)
+
+
+def test_layers_that_training_never_reached_are_told_from_too_small_learning(tmp_path: Path) -> None:
+    """Text alone gives the tower for pictures no gradient."""
+    folder = tiny.model(tmp_path / "base", "gemma3", text_config=TEXT, vision_config=SIGHT, mm_tokens_per_image=4)
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], bias="lora_only")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        ids = torch.arange(3, 60)[None]
+        model(input_ids=ids, labels=ids, token_type_ids=torch.zeros_like(ids)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    export.save_adapter(model, Source("base", None, folder), tmp_path)
+    # one of those that did learn is left with too little
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    values = load_file(path)
+    save_file({n: v * 1e-25 if "language_model.layers.1.self_attn.v_proj.lora_" in n else v for n, v in values.items()}, path)  # fmt: skip
+    done = export.merge(Source("base", None, folder), tmp_path)
+    assert (done.changed, done.rounded_away, done.unreached) == (3, 1, 4)  # of the tower two weights and their biases
+    assert done.unreached_first == "vision_tower.encoder.layers.0.self_attn.q_proj.bias"
+    assert export.compare(Source("base", None, folder), tmp_path).unreached == 4
+    training = dict(steps=1, losses=[2.0, 1.0])
+    said = report.summary(tmp_path, dict(training=training, verification=done.record(), timings=dict(total_s=1), settings=dict(MAX_NEW_TOKENS=0)))  # fmt: skip
+    assert "note: 1 adapted tensors did not change: the learning was too small for 16 bits" in said
+    assert (
+        f"note: 4 adapted tensors did not change: nothing was learned for them, as for {done.unreached_first};" in said
+    )
 
 
 def test_of_several_forms_the_one_that_is_trained_is_merged_into(tmp_path: Path) -> None:
@@ -185,10 +401,11 @@ def test_learning_too_small_for_16_bits_is_counted(tmp_path: Path) -> None:
     adapted(folder, tmp_path)
     values = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     save_file(
-        {n: v * 0 if "lora_B" in n else v for n, v in values.items()},
+        {n: v * 1e-25 if "lora_" in n else v for n, v in values.items()},
         tmp_path / "adapter" / "adapter_model.safetensors",
     )
-    assert export.merge(Source("base", None, folder), tmp_path).rounded_away == 14
+    done = export.merge(Source("base", None, folder), tmp_path)
+    assert (done.changed, done.rounded_away, done.unreached) == (0, 14, 0)
 
 
 def test_the_original_eos_and_generation_config_stay(tmp_path: Path) -> None:
