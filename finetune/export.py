@@ -58,7 +58,7 @@ class Merged:
 def save_adapter(model: PeftModel, source: Source, output: Path) -> None:
     """Write `output`/adapter: weights and configuration as PEFT wrote them, and the base's own tokenizer files."""
     partial = output / "adapter.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    files.remove(partial)
     model.save_pretrained(partial, save_embedding_layers=False)
     files.open_as_its_neighbours(partial)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end
@@ -84,7 +84,7 @@ def merge(source: Source, output: Path, device: str = "cpu") -> Merged:
     base = Base(source.folder)
     sums = Sums(base, Adapter(output / "adapter"), device)
     partial = output / "merged.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    files.remove(partial)
     partial.mkdir(parents=True)
     try:
         paths = [partial / name for name in _shard_names(len(base.shards))]
@@ -94,7 +94,7 @@ def merge(source: Source, output: Path, device: str = "cpu") -> Merged:
             files.write_json(partial / INDEX, _index(paths))
         _write_configs(source, base, partial)
     except BaseException as error:  # whatever ends it: no half a model stays on the disk
-        shutil.rmtree(partial, ignore_errors=True)
+        files.remove(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise PreflightError(
                 f"{output}: the disk is full, the merge needs {base.size / 1e9:.1f} GB. The adapter and the checkpoint are "

@@ -18,13 +18,14 @@ from typing import Any
 from finetune import files
 from finetune.errors import HubError, PreflightError, SettingsError, first_line, without_password
 from finetune.folder import verify
+from finetune.preflight import INDEX as INDEX
+from finetune.preflight import weight_files as weight_files
 from finetune.settings import Settings
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 IGNORED = ["*/*", "consolidated*"]  # other forms of the same weights
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
@@ -76,28 +77,6 @@ class Source:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}  # who loads the model says what is wrong
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one.
-
-    Of several forms it is the one that transformers loads: what is trained and what is merged into must be the same weights.
-    """
-    for first in ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if not (folder / first).is_file():
-            continue
-        if not first.endswith(".index.json"):
-            return [first]
-        try:
-            names = sorted(set(json.loads((folder / first).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise SettingsError(
-                f"MODEL_NAME={folder}: {first} is no list of weight files; download or copy the model again"
-            ) from None
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise SettingsError(f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again")
-        return names
-    raise SettingsError(f"MODEL_NAME={folder}: has no model.safetensors and no index of one")
 
 
 def token(settings: Settings) -> str | bool:
