@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finetune import data, files, hub, libraries
-from finetune.errors import HubError, PreflightError, Refusal
+from finetune.errors import HubError, PreflightError, Refusal, SettingsError
 from finetune.settings import Settings
 
 
@@ -20,7 +21,7 @@ def lock(settings: Settings, environ: Mapping[str, str], path: Path) -> Iterator
     """
     found, refusals = {}, []
     for name, revision, local in (
-        ("MODEL_NAME", "MODEL_REVISION", Path(settings.model_name).expanduser().is_dir()),
+        ("MODEL_NAME", "MODEL_REVISION", os.path.exists(Path(settings.model_name).expanduser())),
         ("DATASET_NAME", "DATASET_REVISION", not data.on_hub(settings.dataset_name)),
     ):
         value = getattr(settings, name.lower())
@@ -28,6 +29,8 @@ def lock(settings: Settings, environ: Mapping[str, str], path: Path) -> Iterator
             yield f"{name}={value}: is not on the Hub and has no revision; run.json records its sha256"
             continue
         try:
+            if problem := hub.url(name, value):
+                raise SettingsError(problem)
             found[revision] = _commit(settings, name, value, getattr(settings, revision.lower()))
         except Refusal as refusal:
             refusals.append(refusal)

@@ -150,6 +150,7 @@ class Fault:
     status: int = 0
     cut: bool = False
     after: int | None = None
+    flip: bool = False
 
 
 class HubServer:
@@ -212,6 +213,10 @@ class HubServer:
     def cut_next(self, pattern: str, after: int | None = None, times: int = 1) -> None:
         """Close the connection after so many bytes of the body, or (None) before any answer."""
         self.faults += [Fault(pattern, cut=True, after=after)] * times
+
+    def flip_next(self, pattern: str, times: int = 1) -> None:
+        """Answer the next requests that match with one bit of the body flipped, in the middle of it, under the right hash."""
+        self.faults += [Fault(pattern, flip=True)] * times
 
     def take_fault(self, request: str) -> Fault:
         with self.lock:
@@ -329,6 +334,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            if self.fault.flip:
+                middle = len(body) // 2
+                body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
             self.wfile.write(body[: self.fault.after])
 
     @route("GET", "/api/whoami-v2")
