@@ -290,7 +290,7 @@ def url(variable: str, value: str) -> str | None:
     if not (parts := re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://([^?#]*)", value)):
         return None
     shown = without_password(parts[0])  # what follows a question mark may be a key
-    scheme, place = parts[1].lower(), parts[2].rstrip("/")
+    scheme, place = parts[1].lower(), shown.partition("://")[2].rstrip("/")
     if scheme == "file":
         return f"{variable}={shown}: is a URL; give the path alone, for example {variable}={place}"
     repository = re.split(r"/(?:tree|blob|resolve|raw|viewer)(?:/|$)|@", place)[0].split("/")[scheme != "hf" :][-2:]

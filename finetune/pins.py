@@ -19,18 +19,19 @@ def lock(settings: Settings, environ: Mapping[str, str], path: Path) -> Iterator
     Raises HubError, or SettingsError for a name that the Hub does not know, before anything is written; PreflightError where
     `path` cannot be written.
     """
-    found, refusals = {}, []
+    found, refusals = {}, list[Refusal]()
     for name, revision, local in (
         ("MODEL_NAME", "MODEL_REVISION", os.path.exists(Path(settings.model_name).expanduser())),
         ("DATASET_NAME", "DATASET_REVISION", not data.on_hub(settings.dataset_name)),
     ):
         value = getattr(settings, name.lower())
+        if problem := hub.url(name, value):
+            refusals.append(SettingsError(problem))
+            continue
         if local:
             yield f"{name}={value}: is not on the Hub and has no revision; run.json records its sha256"
             continue
         try:
-            if problem := hub.url(name, value):
-                raise SettingsError(problem)
             found[revision] = _commit(settings, name, value, getattr(settings, revision.lower()))
         except Refusal as refusal:
             refusals.append(refusal)

@@ -156,6 +156,7 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
 def _not_rows(name: str, error: Exception) -> Exception:
     """What to raise where `datasets` makes no rows of a repository: with what it says, or the error of Hub or machine behind it."""
     import httpx
+    from datasets.table import CastError
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     cause: BaseException | None = error
@@ -164,13 +165,12 @@ def _not_rows(name: str, error: Exception) -> Exception:
         if isinstance(cause, Exception) and (of_hub or (isinstance(cause, OSError) and of_machine(cause))):
             return cause
         cause = cause.__cause__
-    # "An error occurred while generating the dataset", and the cause, or what it is after an empty line
-    parts = [part for part in str(error).split("\n\n") if part]
-    said = (
-        parts[1] if len(parts) > 1 else first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-    )
+    behind = (
+        error.__cause__ if isinstance(error.__cause__, Exception) else error
+    )  # "An error occurred while generating"
+    said = f"its files differ in columns: {behind.details()}" if isinstance(behind, CastError) else first_line(behind)
     return SettingsError(
-        f"DATASET_NAME={name}: cannot be read as a data set ({without_password(said)[:600]}). Name one of its configurations in "
+        f"DATASET_NAME={name}: cannot be read as a data set ({without_password(said)}). Name one of its configurations in "
         f"DATASET_CONFIG, or download its files of rows and give their path, for example DATASET_NAME=./rows.jsonl"
     )
 

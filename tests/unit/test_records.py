@@ -251,3 +251,14 @@ def test_the_lock_of_a_record_is_the_one_that_was_installed(tmp_path: Path, monk
     other = files.sha256(ROOT / "docker" / "requirements-cu128.txt")
     (tmp_path / ".stamp-main").write_text(f"3.12 {other}  -\n")
     assert report.environment(None, {})["lock_sha256"] == other
+
+
+def test_a_reproduction_does_not_replace_its_own_base(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "merged").mkdir(parents=True)
+    (output / "merged" / "config.json").write_text("{}")
+    (tmp_path / "record").mkdir()
+    path = written(tmp_path / "record", record())
+    answer = call("reproduce", str(path), f"OUTPUT_DIR={output}", f"MODEL_NAME={output}/merged", "DATASET_NAME=samples", "OVERWRITE=1")  # fmt: skip
+    assert answer.returncode == 2 and "lies in what a run in OUTPUT_DIR" in answer.stderr, answer.stderr
+    assert (output / "merged" / "config.json").is_file() and not (output / "run.json").exists()
