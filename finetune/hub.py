@@ -92,7 +92,7 @@ class Source:
             way_out = f"Remove {path}" if os.path.lexists(path) else "It is removed"
             problems.append(
                 f"MODEL_NAME={self.name}: {name} is not the file that the Hub has: its hash is {blob.found}, expected was "
-                f"{blob.named}. A mirror, a proxy or a disk has changed it. {way_out}, and {again}."
+                f"{blob.named}. A mirror, a proxy or a disk has changed it{f'. {way_out}, and {again}' if self.mends else ''}"
             )
         if problems:
             raise HubError(*problems)
@@ -301,17 +301,15 @@ def url(variable: str, value: str) -> str | None:
 
 
 def cached(name: str, commit: str | None) -> Source | None:
-    """A model that is on this machine already: a folder, or a commit in the Hub's cache. No network; None: it is not."""
-    if Path(name).expanduser().is_dir():
-        return Source(name, None, Path(name).expanduser())
-    if commit is None:
-        return None
+    """A model that is on this machine already: a commit in the Hub's cache, or a folder. No network; None: it is not."""
     from huggingface_hub import errors, snapshot_download
 
-    try:
-        return Source(name, commit, Path(snapshot_download(name, revision=commit, local_files_only=True, token=False)))
-    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
-        return None
+    if commit is not None:
+        with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
+            found = Path(snapshot_download(name, revision=commit, local_files_only=True, token=False))
+            return Source(name, commit, found)
+    folder = Path(name).expanduser()
+    return Source(name, None, folder) if folder.is_dir() else None
 
 
 @contextlib.contextmanager
