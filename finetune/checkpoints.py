@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from finetune import files
@@ -20,12 +19,12 @@ def newest(folder: Path) -> Path | None:
 
     Under its name the update is saved anew, and being the newer one it would outlive those that are whole.
     """
-    remove(folder / "partial")  # a kill may have left it
+    files.remove(folder / "partial")  # a kill may have left it
     for path in reversed(folders(folder)):
         if (problem := _problem(path)) is None:
             return path
         print(f"{path}: {problem}; it is removed, and the checkpoint before it is used", flush=True)
-        remove(path)
+        files.remove(path)
     return None
 
 
@@ -40,14 +39,6 @@ def _problem(checkpoint: Path) -> str | None:
     found = files.digests(checkpoint, [name for name in expected if (checkpoint / name).is_file()])
     damaged = sorted(name for name in expected if found.get(name) != expected[name])
     return f"damaged or missing: {', '.join(damaged)}" if damaged else None
-
-
-def remove(path: Path) -> None:
-    """Take a checkpoint away; where it is a link, the link alone."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def is_last(checkpoint: Path) -> bool:

@@ -74,7 +74,7 @@ def save_adapter(
     words: files to write in place of the base's own, where these would mislead (data.rewritten).
     """
     partial = output / "adapter.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    files.remove(partial)
     model.save_pretrained(partial, save_embedding_layers=False)
     files.open_as_its_neighbours(partial)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end
@@ -102,7 +102,7 @@ def merge(
     base = Base(source.folder)
     sums = Sums(base, Adapter(output / "adapter"), device)
     partial = output / "merged.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    files.remove(partial)
     partial.mkdir(parents=True)
     try:
         paths = [partial / name for name in _shard_names(len(base.shards))]
@@ -112,7 +112,7 @@ def merge(
             files.write_json(partial / INDEX, _index(paths))
         _write_configs(source, base, sums.dtypes, partial, words)
     except BaseException as error:  # whatever ends it: no half a model stays on the disk
-        shutil.rmtree(partial, ignore_errors=True)
+        files.remove(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise PreflightError(
                 f"{output}: the disk is full, the merge needs {base.size / 1e9:.1f} GB. The adapter and the checkpoint are "

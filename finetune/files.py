@@ -66,11 +66,20 @@ def open_as_its_neighbours(adapter: Path) -> None:
     shutil.copymode(adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
 
 
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Take a file or a folder away, if it is there; of a link the link alone, wherever it leads."""
+    with contextlib.suppress(*(OSError,) if ignore_errors else ()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def publish(partial: Path, final: Path) -> None:
     """Give a finished folder its name; a folder that had it goes away only then."""
     old = final.with_name(f"{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    remove(old)
+    if os.path.lexists(final):
         os.replace(final, old)
     os.replace(partial, final)
     descriptor = os.open(final.parent, os.O_RDONLY)
@@ -78,7 +87,7 @@ def publish(partial: Path, final: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from finetune.settings import Settings
 
 PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", "metrics.jsonl", "curves.png", "report.html", "samples.md", "README.md")  # fmt: skip
 IDENTITY = "checkpoints/identity.json"
+ASIDE = "replaced.partial"  # what a run with OVERWRITE takes the place of, until it has the place
+ENDINGS = ("", ".partial", ".old")
 
 
 @contextlib.contextmanager
@@ -48,6 +50,7 @@ def locked(output: Path) -> Iterator[None]:
         pass
     try:
         with files.told(output):
+            _settle(output)
             yield
     finally:
         os.close(held.pop())
@@ -82,7 +85,9 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
         if lacking := [name for name, wanted in asked.items() if complete and wanted and not (output / name).is_dir()]:
             print(f"{output}: this run is complete but for {' and '.join(lacking)}, which is made now", flush=True)
         return complete and not lacking
-    if there := [name for name in PRODUCTS if (output / name).exists() and (output / name) != place.parent]:
+    if there := [
+        n for n in PRODUCTS if os.path.lexists(output / n) and not (n == "checkpoints" and place.parent.is_dir())
+    ]:
         raise SettingsError(
             f"OUTPUT_DIR={output}: already holds {', '.join(there)}; give another folder, or OVERWRITE=1 to replace them"
         )
@@ -113,15 +118,120 @@ def identity(settings: Settings, decides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None:
-    """Make `output` this run's. With OVERWRITE the old run goes now, when all that can refuse the new one has been asked."""
-    # where it is, the run counts as complete: not from here on, also where only the merged weights were lacking
-    (output / "run.json").unlink(missing_ok=True)
-    if settings.overwrite:
-        for name in (*PRODUCTS, *(f"{name}.partial" for name in PRODUCTS)):
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (output / IDENTITY).parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(output / IDENTITY, identity)
+    """Make `output` this run's. With OVERWRITE the old run goes now, when all that can refuse the new one has been asked.
+
+    A kill at any moment leaves either the old run whole or the new one begun, once `_settle` was there. Raises PreflightError
+    where something of the old run cannot be moved, with the old run as it was.
+    """
+    if not settings.overwrite:
+        # where it is, the run counts as complete: not from here on, also where only the merged weights were lacking
+        (output / "run.json").unlink(missing_ok=True)
+        (output / IDENTITY).parent.mkdir(parents=True, exist_ok=True)
+        return files.write_json(output / IDENTITY, identity)
+    begun = output / "checkpoints"
+    made = begun.with_name("checkpoints.partial")
+    try:
+        (output / ASIDE).mkdir()
+        for name in _products():
+            if os.path.lexists(output / name):
+                _move(output / name, output / ASIDE / name)
+        made.mkdir()
+        files.write_json(made / Path(IDENTITY).name, identity)
+        _move(made, begun)  # from here on it is the new run's folder
+    except BaseException:
+        _settle(output)
+        raise
+    _settle(output)
+
+
+def _products() -> Iterator[str]:
+    """Names that a run gives in its folder, with those that files have on their way. `checkpoints` comes first: see `_settle`."""
+    for name in sorted(PRODUCTS, key=lambda name: name != "checkpoints"):
+        yield from (name + ending for ending in ENDINGS)
+
+
+def _settle(output: Path) -> None:
+    """End what a claim began, here or in a process that was killed: take the old run away, or put it back.
+
+    Of the old run `checkpoints` goes aside first and comes back last. So where there is one while others are aside, it is the
+    new run's.
+    """
+    aside = output / ASIDE
+    if not os.path.lexists(aside):
+        return
+    there = [name for name in _products() if os.path.lexists(aside / name)]
+    if not (there and os.path.lexists(output / "checkpoints")):
+        if there:
+            files.remove(output / "checkpoints.partial")
+        for name in reversed(there):
+            _move(aside / name, output / name)
+    try:
+        files.remove(aside)
+    except OSError as error:
+        raise PreflightError(
+            f"{error.filename}: is of the run that was replaced, and cannot be removed ({error.strerror}). Unmount it or "
+            f"remove {aside} yourself, and start again with the same settings."
+        ) from None
+
+
+def _move(path: Path, to: Path) -> None:
+    """Rename within the folder. Raises PreflightError for what cannot be, such as a mount point."""
+    try:
+        os.rename(path, to)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        output = to.parent if path.parent.name == ASIDE else path.parent
+        raise PreflightError(
+            f"{path}: cannot be moved to {to} ({error.strerror}), so no run can take the place of the old one, which stays. Give "
+            f"another folder, for example OUTPUT_DIR={output}-2, or unmount {path.name} if it is a mount point"
+        ) from None
+
+
+def inputs(settings: Settings) -> Iterator[str]:
+    """A sentence for each local input that a run in OUTPUT_DIR would replace, by whatever links one leads to the other."""
+    output = Path(settings.output_dir)
+    folders = _ways(output)
+    products = {path for folder in folders for name in (*_products(), ASIDE) for path in _ways(Path(folder, name))}
+    named = dict(
+        MODEL_NAME=settings.model_name,
+        DATASET_NAME=settings.dataset_name if settings.dataset_name != "samples" else None,
+        PROMPT_TEMPLATE=settings.prompt_template,
+    )
+    for variable, name in named.items():
+        path = Path(name or "").expanduser()
+        if not name or not os.path.lexists(path):
+            continue
+        # to the rows of a folder belong those in its data/: metrics.jsonl would be among them
+        ways = _ways(path) | (_ways(path / "data") if variable == "DATASET_NAME" else set())
+        inner = (
+            sorted(p for p in (*path.iterdir(), *path.glob("data/*")) if os.path.islink(p))
+            if os.path.isdir(path)
+            else []
+        )
+        within = {place for way in ways.union(*map(_ways, inner)) for place in (way, *map(str, Path(way).parents))}
+        if within & products:
+            why = f"lies in what a run in OUTPUT_DIR={output} replaces ({sorted(within & products)[0]})"
+        elif ways & folders:
+            why = f"is OUTPUT_DIR={output} itself, where a run writes its own files"
+        else:
+            continue
+        yield f"{variable}={name}: {why}; give another folder for the run, for example OUTPUT_DIR={output}-2"
+
+
+def _ways(path: Path) -> set[str]:
+    """The absolute paths by which `path` is reached: as it is named, with one link after the other followed, and the real one."""
+    found, waiting = set[str](), [os.path.abspath(path)]
+    while waiting and len(found) < 100:  # links can lead in circles
+        at = Path(waiting.pop())
+        if str(at) in found:
+            continue
+        found.add(str(at))
+        for place in (at, *at.parents):
+            if os.path.islink(place):
+                target = os.path.join(os.path.realpath(place.parent), os.readlink(place), at.relative_to(place))
+                waiting.append(os.path.normpath(target))
+    return found | {os.path.realpath(path)}
 
 
 def finished(output: Path) -> dict[str, Any]:
@@ -129,6 +239,9 @@ def finished(output: Path) -> dict[str, Any]:
 
     Raises SettingsError where there is none, or it is damaged, PreflightError that names each file of it that may not be read.
     """
+    if os.path.lexists(output / ASIDE):
+        with locked(output):
+            pass
     try:
         record = records.read(output / "run.json")
     except FileNotFoundError:

@@ -7,24 +7,27 @@ import dataclasses
 import errno
 import functools
 import json
+import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from finetune import files
+from finetune import blobs, files
 from finetune.errors import HubError, PreflightError, SettingsError, first_line, without_password
 from finetune.folder import verify
+from finetune.preflight import INDEX as INDEX
+from finetune.preflight import safetensors_header
+from finetune.preflight import weight_files as weight_files
 from finetune.settings import Settings
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 IGNORED = ["*/*", "consolidated*"]  # other forms of the same weights
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
@@ -35,18 +38,22 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a name stood for when it was loaded. commit: of the Hub repository, None for a folder."""
+    """What a name stood for when it was loaded. commit: of the Hub repository, None for a folder.
+
+    mends: a file of the cache that is not what the Hub names it is removed, so that it comes down again.
+    """
 
     name: str
     commit: str | None
     folder: Path
+    mends: bool = False
 
     @property
     def digests(self) -> dict[str, str]:
         """sha256 of each file that decides what is trained on and merged into, under its name.
 
-        It tells one model from another wherever its folder stands. The Hub's cache names a large file by its sha256, so such
-        a one is not read; a folder's files are, which warms them for loading.
+        It tells one model from another wherever its folder stands. A folder's files are read each time, which warms them for
+        loading; those of the Hub's cache once. Raises HubError where one of these is not what the Hub names it.
         """
         return self.hashing.result()
 
@@ -68,9 +75,43 @@ class Source:
         names = [*weight_files(self.folder), "config.json", "generation_config.json", *TOKENIZER_FILES]
         names += PROCESSOR_FILES
         there = [name for name in names if (self.folder / name).is_file()]
-        blobs = {name: (self.folder / name).resolve().name for name in there if self.commit}
-        known = {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
-        return {**known, **files.digests(self.folder, [name for name in there if name not in known])}
+        return self.checked(there) if self.commit else files.digests(self.folder, there)
+
+    def checked(self, names: Iterable[str]) -> dict[str, str]:
+        """sha256 of these files of the Hub's cache. Raises HubError with each that is not what the Hub names it."""
+        from huggingface_hub import constants
+
+        paths = {name: (self.folder / name).resolve() for name in names}
+        again = f"the same command downloads it again{' without HF_HUB_OFFLINE' if constants.is_offline_mode() else ''}"
+        found = blobs.read(self.folder.parent.parent, paths.values())
+        problems = []
+        for name, path in paths.items():
+            blob = found[path]
+            if blob.found == blob.named:
+                continue
+            if self.mends:
+                files.remove(self.folder / name, ignore_errors=True)
+                files.remove(path, ignore_errors=True)
+            way_out = f"Remove {path}" if os.path.lexists(path) else "It is removed"
+            problems.append(
+                f"MODEL_NAME={self.name}: {name} is not the file that the Hub has: its hash is {blob.found}, expected was "
+                f"{blob.named}. A mirror, a proxy or a disk has changed it{f'. {way_out}, and {again}' if self.mends else ''}"
+            )
+        if problems:
+            raise HubError(*problems)
+        return {name: found[path].sha256 for name, path in paths.items()}
+
+    def checked_where_read(self) -> None:
+        """Check what is read before the weights, and weights whose header tells that they are damaged; the rest is `hashing`."""
+        names = sorted(path.name for path in self.folder.iterdir() if path.is_file())
+        self.checked(name for name in names if not name.endswith((".safetensors", ".bin")))
+        for name in names:
+            if name.endswith(".safetensors"):
+                try:
+                    safetensors_header(self.folder / name, whole=True)
+                except PreflightError:
+                    self.checked([name])
+                    raise
 
     def config(self) -> dict[str, Any]:
         """The model's config.json; {} where there is none."""
@@ -79,28 +120,6 @@ class Source:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}  # who loads the model says what is wrong
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one.
-
-    Of several forms it is the one that transformers loads: what is trained and what is merged into must be the same weights.
-    """
-    for first in ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if not (folder / first).is_file():
-            continue
-        if not first.endswith(".index.json"):
-            return [first]
-        try:
-            names = sorted(set(json.loads((folder / first).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise SettingsError(
-                f"MODEL_NAME={folder}: {first} is no list of weight files; download or copy the model again"
-            ) from None
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise SettingsError(f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again")
-        return names
-    raise SettingsError(f"MODEL_NAME={folder}: has no model.safetensors and no index of one")
 
 
 def token(settings: Settings) -> str | bool:
@@ -159,6 +178,8 @@ def fetch_model(settings: Settings) -> Source:
     if problem := missing(settings):
         raise SettingsError(problem)
     source = _fetched(settings)
+    if source.commit:
+        source.checked_where_read()
     if (source.folder / "adapter_config.json").is_file():
         # transformers would load it too, and the merge would add to the weights without it
         raise SettingsError(
@@ -173,10 +194,22 @@ def _fetched(settings: Settings) -> Source:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Source(name, None, folder)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     asked: dict[str, Any] = dict(repo_id=name, revision=settings.model_revision, token=token(settings))
     with explained("MODEL_NAME", settings):
+        try:
+            config = Path(hf_hub_download(filename="config.json", **asked))
+        except errors.RemoteEntryNotFoundError:
+            raise SettingsError(
+                f"MODEL_NAME={name}: has no config.json, so it is no model that can be trained (GGUF files, or an adapter alone); "
+                "name the model that it was made of, in 16 bits"
+            ) from None
+        asked["revision"] = config.parent.name  # the commit, so that all files are of the same one
+        source = Source(name, config.parent.name, config.parent, mends=True)
+        source.checked(["config.json"])
+        if problem := quantised(source):  # 40 GB before it could be refused would be too late
+            raise SettingsError(problem)
         found = Path(snapshot_download(**asked, allow_patterns=[*WEIGHTS, *TEXTS], ignore_patterns=IGNORED))
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(**asked, allow_patterns=[*OLD_WEIGHTS, *TEXTS], ignore_patterns=IGNORED))
@@ -184,33 +217,102 @@ def _fetched(settings: Settings) -> Source:
         raise SettingsError(
             f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)"
         )
-    return Source(name, found.name, found)
+    return source
+
+
+FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst", ".zip", ".txt", ".gguf", ".safetensors", ".bin")
+QUANTISED = re.compile(
+    r"(?i)[-_.](unsloth-bnb-4bit|bnb-[48]bit|gptq|awq|fp8|mxfp4|nvfp4|quantized\.w\d+a\d+|w\d+a\d+|int[48]|[48]bit)([-_.].*)?$"
+)
+
+
+def quantised(source: Source) -> str | None:
+    """The sentence for a base whose config.json tells that its weights are quantised; None: they are not.
+
+    It would train on these whatever LOAD_IN_4BIT says, and nothing can be merged into them.
+    """
+    config = source.config()
+    sections = [config, *(config[key] for key in ("text_config", "llm_config", "language_config") if key in config)]
+    keys = ("quantization_config", "compression_config")
+    found = [section[key] for section in sections if isinstance(section, dict) for key in keys if section.get(key)]
+    if not found:
+        return None
+    method = _method(found[0] if isinstance(found[0], dict) else {})
+    name = source.name if source.commit else Path(source.name).absolute().name
+    guess = QUANTISED.sub("", name)
+    if config.get("model_type") == "gpt_oss" and guess == name:
+        guess = f"unsloth/{name.rpartition('/')[2]}-BF16"
+    original = (
+        f"16-bit original, by its name probably MODEL_NAME={guess}"
+        if guess != name
+        else "16-bit original, or a 16-bit copy of it"
+    )
+    return (
+        f"MODEL_NAME={source.name}: its weights are quantised ({method}), and a run needs 16-bit ones; name the {original} "
+        "(LOAD_IN_4BIT=1 holds that in 4 bits too)"
+    )
+
+
+def _method(config: dict[str, Any]) -> str:
+    """The way in which weights are quantised, in words."""
+    name = str(config.get("quant_method") or "").lower()
+    if name in ("", "bitsandbytes") and (config.get("load_in_4bit") or config.get("_load_in_4bit")):
+        return f"bitsandbytes {config.get('bnb_4bit_quant_type') or '4 bit'}"
+    if name in ("", "bitsandbytes") and (config.get("load_in_8bit") or config.get("_load_in_8bit")):
+        return "bitsandbytes int8"
+    bits = config.get("bits") or config.get("w_bit")
+    detail = config.get("format") if name == "compressed-tensors" else f"{bits} bit" if bits else None
+    return f"{name or 'method unknown'}{f' {detail}' if detail else ''}"
 
 
 def missing(settings: Settings) -> str | None:
     """What is wrong with a MODEL_NAME that is a path, in a sentence; None: nothing, or it is a name on the Hub."""
     name = settings.model_name
     folder = Path(name).expanduser()
+    if problem := url("MODEL_NAME", name):
+        return problem
     if folder.is_dir():
-        there = (folder / "config.json").is_file()
-        return None if there else f"MODEL_NAME={name}: the folder has no config.json, so it is not a model's folder"
+        if not (folder / "config.json").is_file():
+            return f"MODEL_NAME={name}: the folder has no config.json, so it is not a model's folder"
+        if problem := quantised(Source(name, None, folder)):
+            return problem
+        try:
+            weight_files(folder)
+        except SettingsError as error:
+            return str(error)
+        return None
+    if os.path.exists(folder):
+        return f"MODEL_NAME={name}: is a file; it takes a model's folder or a Hub name such as owner/name"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return f"MODEL_NAME={name}: there is no such folder; it takes a folder or a Hub name such as owner/name"
     return None
 
 
-def cached(name: str, commit: str | None) -> Source | None:
-    """A model that is on this machine already: a folder, or a commit in the Hub's cache. No network; None: it is not."""
-    if Path(name).expanduser().is_dir():
-        return Source(name, None, Path(name).expanduser())
-    if commit is None:
+def url(variable: str, value: str) -> str | None:
+    """The sentence for a URL where a name or a path is wanted; None: it is none."""
+    if not (parts := re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://([^?#]*)", value)):
         return None
+    shown = without_password(parts[0])  # what follows a question mark may be a key
+    scheme, place = parts[1].lower(), shown.partition("://")[2].rstrip("/")
+    if scheme == "file":
+        return f"{variable}={shown}: is a URL; give the path alone, for example {variable}={place}"
+    repository = re.split(r"/(?:tree|blob|resolve|raw|viewer)(?:/|$)|@", place)[0].split("/")[scheme != "hf" :][-2:]
+    what = "is a URL; it takes a Hub name or a path on this machine"
+    if scheme in ("http", "https", "hf") and len(repository) == 2 and Path(repository[1]).suffix.lower() not in FILES:
+        return f"{variable}={shown}: {what}. For a repository of the Hub give owner and name, for example {variable}={'/'.join(repository)}"
+    return f"{variable}={shown}: {what}. Download it, and give its path, for example {variable}=./{repository[-1] if repository else 'rows.jsonl'}"
+
+
+def cached(name: str, commit: str | None) -> Source | None:
+    """A model that is on this machine already: a commit in the Hub's cache, or a folder. No network; None: it is not."""
     from huggingface_hub import errors, snapshot_download
 
-    try:
-        return Source(name, commit, Path(snapshot_download(name, revision=commit, local_files_only=True, token=False)))
-    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
-        return None
+    if commit is not None:
+        with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
+            found = Path(snapshot_download(name, revision=commit, local_files_only=True, token=False))
+            return Source(name, commit, found)
+    folder = Path(name).expanduser()
+    return Source(name, None, folder) if folder.is_dir() else None
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from finetune import data, hub
+from finetune import data, folder, hub
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
@@ -19,6 +19,7 @@ MODEL_FILE = "model file "
 
 def missing(settings: Settings) -> Iterator[str]:
     """What is wrong with the files and folders that settings name, in sentences, before anything is read or downloaded."""
+    yield from folder.inputs(settings)
     if problem := hub.missing(settings):
         yield problem
     yield from data.rows.missing(settings)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finetune import data, files, hub, libraries
-from finetune.errors import HubError, PreflightError, Refusal
+from finetune.errors import HubError, PreflightError, Refusal, SettingsError
 from finetune.settings import Settings
 
 
@@ -18,12 +19,15 @@ def lock(settings: Settings, environ: Mapping[str, str], path: Path) -> Iterator
     Raises HubError, or SettingsError for a name that the Hub does not know, before anything is written; PreflightError where
     `path` cannot be written.
     """
-    found, refusals = {}, []
+    found, refusals = {}, list[Refusal]()
     for name, revision, local in (
-        ("MODEL_NAME", "MODEL_REVISION", Path(settings.model_name).expanduser().is_dir()),
+        ("MODEL_NAME", "MODEL_REVISION", os.path.exists(Path(settings.model_name).expanduser())),
         ("DATASET_NAME", "DATASET_REVISION", not data.on_hub(settings.dataset_name)),
     ):
         value = getattr(settings, name.lower())
+        if problem := hub.url(name, value):
+            refusals.append(SettingsError(problem))
+            continue
         if local:
             yield f"{name}={value}: is not on the Hub and has no revision; run.json records its sha256"
             continue

@@ -23,6 +23,7 @@ from finetune.settings import Settings
 CPU_PARAMETERS = 500_000_000  # ENGINE=auto trains nothing larger without a GPU: 135M already makes 45 tokens/s
 DRIVERS = {13: 580, 12: 525}  # oldest driver for each CUDA major version (12.x by minor-version compatibility)
 OLDEST_CAPABILITY = (7, 5)  # the torch wheels hold kernels for sm_75 to sm_120
+INDEX = "model.safetensors.index.json"
 DOCKER_RUN = 'docker run --gpus all -v "$PWD/outputs:/outputs" IMAGE'
 
 
@@ -87,13 +88,40 @@ def parameters(model_name: str) -> int | None:
     """
     folder = Path(model_name)
     if folder.is_dir():
-        headers = [safetensors_header(file, whole=True) for file in sorted(folder.glob("*.safetensors"))]
+        try:
+            # and no others: consolidated.safetensors are the same weights once more
+            names = [name for name in weight_files(folder) if name.endswith(".safetensors")]
+        except SettingsError:
+            return None
+        headers = [safetensors_header(folder / name, whole=True) for name in names]
         return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values()) or None
     stated = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z0-9])", model_name.rpartition("/")[2])
     if not stated:
         return None
     number, unit = stated[-1]
     return int(float(number) * (1e9 if unit in "Bb" else 1e6))
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one.
+
+    Of several forms it is the one that transformers loads: what is trained and what is merged into must be the same weights.
+    """
+    for first in ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if not (folder / first).is_file():
+            continue
+        if not first.endswith(".index.json"):
+            return [first]
+        try:
+            names = sorted(set(json.loads((folder / first).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SettingsError(
+                f"MODEL_NAME={folder}: {first} is no list of weight files; download or copy the model again"
+            ) from None
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise SettingsError(f"MODEL_NAME={folder}: lacks {', '.join(missing)}; download or copy the model again")
+        return names
+    raise SettingsError(f"MODEL_NAME={folder}: has no model.safetensors and no index of one")
 
 
 def safetensors_header(file: Path, *, whole: bool = False) -> dict[str, dict[str, Any]]:
@@ -134,10 +162,14 @@ def check(
     temporary()
     if closed := list(_closed(settings)):
         raise PreflightError(*closed)  # nothing more can be said of a model that cannot be read
-    count = count or parameters(settings.model_name)
-    missing = list(missing)
+    missing, damaged = list(missing), list[str]()
+    try:
+        count = count or parameters(settings.model_name)
+    except PreflightError as error:
+        damaged = [*error.problems]
     problems = [
         *missing,
+        *damaged,
         *_gpu(settings, visible, count),
         *_compiler(visible, environ),
         *_output(settings),

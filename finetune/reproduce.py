@@ -30,6 +30,13 @@ def read(path: Path) -> tuple[Path, dict[str, Any]]:
         raise SettingsError(
             f"{path}: there is no such file; give the record of a finished run, for example: reproduce outputs/run.json"
         ) from None
+    known = {d.name for d in declarations() if not d.secret}
+    if odd := sorted(name for name in record["settings"] if name not in known):
+        raise SettingsError(
+            f"{path}: settings holds {', '.join(odd)}. A run writes no secret and no file that holds one into its record, and this "
+            "program has no other such setting. Take a copy as a run wrote it, or use the program that wrote it; a secret is given "
+            "in the environment, for example HF_TOKEN"
+        )
     if not weights(record):
         raise SettingsError(
             f"{path}: files holds no weights (adapter/ or merged/), so there is nothing to compare with"

@@ -74,7 +74,7 @@ class Settings:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting("auto", "Compute type; auto: bfloat16 where the GPU has it, else float16, and float32 on a CPU.")  # fmt: skip
 
     # Data
-    dataset_name: str = setting("FreedomIntelligence/medical-o1-reasoning-SFT", "Rows to train on: a Hub data set, a .json, .jsonl, .csv or .parquet file, or `samples` (bundled rows).")  # fmt: skip
+    dataset_name: str = setting("FreedomIntelligence/medical-o1-reasoning-SFT", "Rows to train on: a Hub data set, a .json, .jsonl, .csv or .parquet file, a folder of such files, or `samples` (bundled rows).")  # fmt: skip
     dataset_config: str | None = setting("zh", "Configuration of the data set (samples: en, zh).", unless=("dataset_name", None))  # fmt: skip
     dataset_split: str = setting("train[0:500]", "Split, with a slice if wanted: train, train[:100], train[10%:20%].", unless=("dataset_name", "train"))  # fmt: skip
     dataset_revision: str = setting("main", "Branch, tag or commit of the data set.", example="0123abc")

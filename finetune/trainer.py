@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import resource
-import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -256,16 +255,16 @@ class OurTrainer(SFTTrainer):
         name = f"checkpoint-{self.state.global_step}"
         if (self.folder / name).is_dir():
             return
-        shutil.rmtree(self.folder / "partial", ignore_errors=True)
+        files.remove(self.folder / "partial")
         Trainer._save_checkpoint(self, model, trial)  # not SFTTrainer's, which writes a model card each time
         written = self.folder / "partial" / name
         files.write_json(written / "metrics.json", self.metrics)
         files.write_json(written / "plan.json", dataclasses.asdict(self.plan))
         files.write_json(written / "sha256.json", files.digests(written))
         files.publish(written, self.folder / name)
-        shutil.rmtree(self.folder / "partial", ignore_errors=True)
+        files.remove(self.folder / "partial", ignore_errors=True)
         for old in checkpoints.folders(self.folder)[: -self.keep]:
-            checkpoints.remove(old)
+            files.remove(old)
         self.clock = time.perf_counter()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import export, folder, hub, report
-from finetune.errors import SettingsError
+from finetune.errors import HubError, SettingsError
 from finetune.hub import Source
 from finetune.settings import Settings
 
@@ -55,7 +55,7 @@ def at_hand(record: Mapping[str, Any], settings: Settings) -> tuple[Source | Non
             continue
         try:
             found = source.digests
-        except SettingsError as error:
+        except (SettingsError, HubError) as error:
             reasons.append(str(error))
             continue
         recorded = record["model"]["files"]

@@ -150,6 +150,7 @@ class Fault:
     status: int = 0
     cut: bool = False
     after: int | None = None
+    flip: float | None = None
 
 
 class HubServer:
@@ -212,6 +213,10 @@ class HubServer:
     def cut_next(self, pattern: str, after: int | None = None, times: int = 1) -> None:
         """Close the connection after so many bytes of the body, or (None) before any answer."""
         self.faults += [Fault(pattern, cut=True, after=after)] * times
+
+    def flip_next(self, pattern: str, at: float = 0.5, times: int = 1) -> None:
+        """Answer the next requests that match with one bit of the body flipped, under the right hash. at: 0 first byte, 1 last."""
+        self.faults += [Fault(pattern, flip=at)] * times
 
     def take_fault(self, request: str) -> Fault:
         with self.lock:
@@ -329,6 +334,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            if self.fault.flip is not None:
+                flipped = bytearray(body)
+                flipped[int(self.fault.flip * (len(body) - 1))] ^= 1
+                body = bytes(flipped)
             self.wfile.write(body[: self.fault.after])
 
     @route("GET", "/api/whoami-v2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,13 @@ from finetune.data import checks, reading
 from finetune.data.formats import messages as conversation
 from finetune.data.formats import template
 from finetune.data.reading import Placed, Row
-from finetune.errors import HubError, SettingsError, first_line
+from finetune.errors import HubError, SettingsError, first_line, of_machine, without_password
 from finetune.settings import SPLIT, Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")  # which `datasets` puts beside the rows
 SHOWN = 5  # bad rows named in one message
 SAMPLES = Path(__file__).parent.parent / "samples"
 COMMIT = "[0-9a-f]{40}"
@@ -55,9 +57,9 @@ class Rows:
 
 
 def on_hub(name: str) -> bool:
-    """Whether DATASET_NAME is looked for on the Hub: it is neither the bundled rows nor a file."""
+    """Whether DATASET_NAME is looked for on the Hub: it is neither the bundled rows nor on this machine, nor named like a file."""
     a_file = name.lower().endswith(tuple(reading.READERS)) or name.startswith((".", "/", "~"))
-    return name != "samples" and not a_file
+    return name != "samples" and not a_file and not os.path.exists(name)
 
 
 def load(settings: Settings) -> Rows:
@@ -110,19 +112,33 @@ def refuse(bad: list[str], of: int, settings: Settings, needed: str) -> None:
 
 
 def _from_files(settings: Settings) -> Iterator[Placed]:
-    """The rows of the file that DATASET_NAME names, or the bundled ones of one language or both."""
+    """The rows of the file that DATASET_NAME names, of all files of a folder one after the other, or the bundled ones of one language or both."""
     if settings.dataset_name == "samples":
         languages = [settings.dataset_config] if settings.dataset_config else ["en", "zh"]
         files = {f"samples/{language}.jsonl": SAMPLES / f"{language}.jsonl" for language in languages}
     else:
-        files = {settings.dataset_name: Path(settings.dataset_name).expanduser()}
+        path = Path(settings.dataset_name).expanduser()
+        files = {settings.dataset_name: path}
+        if path.is_dir():
+            files = {f"{settings.dataset_name.rstrip('/')}/{name}": path / name for name in _row_files(path)}
+            print(f"data: {settings.dataset_name}: {', '.join(_row_files(path))}", flush=True)
     for shown, file in files.items():
         for where, row in reading.rows(file, _wanted(settings)):
             yield f"{shown} {where}", row
 
 
+def _row_files(folder: Path) -> list[str]:
+    """Names of the files in the folder and in its data/ that hold rows, sorted. Others lie beside them, such as README.md."""
+    found = [path for path in (*folder.iterdir(), *folder.glob("data/*")) if path.suffix.lower() in reading.READERS]
+    return sorted(
+        str(path.relative_to(folder))
+        for path in found
+        if path.is_file() and not path.name.startswith(".") and path.name not in DESCRIPTIONS
+    )
+
+
 def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
-    from datasets import get_dataset_split_names, load_dataset
+    from datasets import exceptions, get_dataset_split_names, load_dataset
     from huggingface_hub import HfApi, constants
 
     name, config, token = settings.dataset_name, settings.dataset_config, hub.token(settings)
@@ -139,7 +155,9 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
             if "split" in str(error).lower():
                 splits = ", ".join(get_dataset_split_names(name, config, revision=commit, token=token))
                 raise SettingsError(f"DATASET_SPLIT={settings.dataset_split}: {name} has {splits}, for example DATASET_SPLIT={splits.split(',')[0]}") from None  # fmt: skip
-            raise SettingsError(f"DATASET_NAME={name}: cannot be read as a data set ({first_line(error)})") from None
+            raise _not_rows(name, error) from None
+        except (exceptions.DatasetsError, FileNotFoundError, RuntimeError) as error:
+            raise _not_rows(name, error) from None
     if constants.is_offline_mode():
         commit = _taken_offline(found, settings.dataset_revision, name)
     names, which = found.column_names, _range(settings, len(found))
@@ -150,6 +168,28 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
         (f"{name} {split} row {index + 1}", {**dict.fromkeys(names), **row})
         for index, row in zip(which, rows, strict=True)
     ]
+
+
+def _not_rows(name: str, error: Exception) -> Exception:
+    """What to raise where `datasets` makes no rows of a repository: with what it says, or the error of Hub or machine behind it."""
+    import httpx
+    from datasets.table import CastError
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    cause: BaseException | None = error
+    while cause is not None:
+        of_hub = isinstance(cause, httpx.HTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled)
+        if isinstance(cause, Exception) and (of_hub or (isinstance(cause, OSError) and of_machine(cause))):
+            return cause
+        cause = cause.__cause__
+    behind = (
+        error.__cause__ if isinstance(error.__cause__, Exception) else error
+    )  # "An error occurred while generating"
+    said = f"its files differ in columns: {behind.details()}" if isinstance(behind, CastError) else first_line(behind)
+    return SettingsError(
+        f"DATASET_NAME={name}: cannot be read as a data set ({without_password(said)}). Name one of its configurations in "
+        f"DATASET_CONFIG, or download its files of rows and give their path, for example DATASET_NAME=./rows.jsonl"
+    )
 
 
 def _taken_offline(found: Dataset, asked: str, name: str) -> str | None:
@@ -169,16 +209,35 @@ def _taken_offline(found: Dataset, asked: str, name: str) -> str | None:
 
 
 def missing(settings: Settings) -> Iterator[str]:
-    """What is wrong with the file that DATASET_NAME names, in a sentence."""
+    """What is wrong with the file or folder that DATASET_NAME names, in a sentence."""
     name = settings.dataset_name
-    if name != "samples" and not on_hub(name):
+    if problem := hub.url("DATASET_NAME", name):
+        yield problem
+    elif name != "samples" and not on_hub(name):
         path = Path(name).expanduser()
-        if path.suffix.lower() not in reading.READERS:
+        if path.is_dir():
+            yield from _folder_without_rows(name, path)
+        elif path.suffix.lower() not in reading.READERS:
             yield (
                 f"DATASET_NAME={name}: not a known kind of file; it takes {', '.join(reading.READERS)}, for example DATASET_NAME=rows.jsonl"
             )
         elif not path.is_file():
             yield f"DATASET_NAME={name}: there is no such file; give its path, in a container the one it is mounted at"
+
+
+def _folder_without_rows(name: str, path: Path) -> Iterator[str]:
+    kinds = sorted({Path(file).suffix.lower() for file in _row_files(path)})
+    if not kinds:
+        yield (
+            f"DATASET_NAME={name}: the folder holds no rows; it takes files of one kind out of {', '.join(reading.READERS)}, in the "
+            "folder or in its data/, for example train-00000.parquet and train-00001.parquet"
+        )
+    elif len(kinds) > 1:
+        file = next(file for file in _row_files(path) if file.lower().endswith(kinds[0]))
+        yield (
+            f"DATASET_NAME={name}: the folder holds rows of {len(kinds)} kinds ({', '.join(kinds)}), and it takes one; name one "
+            f"file, for example DATASET_NAME={name.rstrip('/')}/{file}"
+        )
 
 
 def _wanted(settings: Settings) -> set[str]:
@@ -187,11 +246,11 @@ def _wanted(settings: Settings) -> set[str]:
 
 
 def _slice(settings: Settings, rows: list[Placed]) -> list[Placed]:
-    """The slice of a local file, whose only split is `train`."""
+    """The slice of a local file or folder, whose only split is `train`."""
     parsed = re.fullmatch(SPLIT, settings.dataset_split)
     if parsed is None or parsed["name"] != "train":
         raise SettingsError(
-            f"DATASET_SPLIT={settings.dataset_split}: a file has only the split train, for example DATASET_SPLIT=train[0:500]"
+            f"DATASET_SPLIT={settings.dataset_split}: a file or folder has only the split train, for example DATASET_SPLIT=train[0:500]"
         )
     return [rows[index] for index in _range(settings, len(rows))]
 

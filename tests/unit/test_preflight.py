@@ -163,3 +163,19 @@ def test_no_temporary_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(PreflightError, match=r"TMPDIR=.*--tmpfs /tmp"):
         preflight.check(Settings.from_env({}), [], {})
+
+
+def test_weights_that_are_not_loaded_are_not_counted(tmp_path: Path) -> None:
+    """Mistral's repositories hold them twice, and a model of 7 B would be one of 14 B, too large for the disk."""
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}).encode()
+    whole = struct.pack("<Q", len(header)) + header + bytes(12)
+    for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(whole)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert preflight.parameters(str(tmp_path)) == 12
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    assert preflight.parameters(str(tmp_path)) == 6
+    for path in tmp_path.glob("model*"):
+        path.unlink()
+    assert preflight.parameters(str(tmp_path)) is None

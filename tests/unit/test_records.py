@@ -6,13 +6,14 @@ import copy
 import functools
 import json
 import operator
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from conftest import ROOT, schema_errors
+from conftest import ROOT, call, schema_errors
 from finetune import files, folder, inputs, records, report, reproduce
 from finetune.errors import NotReproduced, SettingsError
 from finetune.settings import Settings
@@ -112,10 +113,16 @@ def test_no_record_at_all(tmp_path: Path) -> None:
         reproduce.restore(tmp_path, {}, {})
 
 
-def test_a_setting_that_this_program_does_not_have(tmp_path: Path) -> None:
-    layered, line = reproduce.restore(written(tmp_path, record(FROM_LATER="1")), {}, {})
-    with pytest.raises(SettingsError, match="FROM_LATER"):
-        Settings.from_env(layered, line)
+def test_a_record_that_names_a_secret_or_another_setting_is_refused_before_a_file_is_read(tmp_path: Path) -> None:
+    """It may be a stranger's, and the file's content would be sent to the Hub as the token."""
+    os.mkfifo(tmp_path / "private")  # whoever reads it waits without end
+    odd = dict(
+        HF_TOKEN_FILE=str(tmp_path / "private"), WANDB_API_KEY="opensesame", hf_token="opensesame", FROM_LATER="1"
+    )
+    path = written(tmp_path, record(**odd))
+    answer = call("reproduce", str(path), timeout=60)
+    assert answer.returncode == 2 and all(name in answer.stderr for name in odd), answer.stderr
+    assert "opensesame" not in answer.stderr and "private" not in answer.stderr
 
 
 def changed(losses: list[float] | None = None, sha: str = "f" * 64, **settings: Any) -> dict[str, Any]:
@@ -244,3 +251,14 @@ def test_the_lock_of_a_record_is_the_one_that_was_installed(tmp_path: Path, monk
     other = files.sha256(ROOT / "docker" / "requirements-cu128.txt")
     (tmp_path / ".stamp-main").write_text(f"3.12 {other}  -\n")
     assert report.environment(None, {})["lock_sha256"] == other
+
+
+def test_a_reproduction_does_not_replace_its_own_base(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "merged").mkdir(parents=True)
+    (output / "merged" / "config.json").write_text("{}")
+    (tmp_path / "record").mkdir()
+    path = written(tmp_path / "record", record())
+    answer = call("reproduce", str(path), f"OUTPUT_DIR={output}", f"MODEL_NAME={output}/merged", "DATASET_NAME=samples", "OVERWRITE=1")  # fmt: skip
+    assert answer.returncode == 2 and "lies in what a run in OUTPUT_DIR" in answer.stderr, answer.stderr
+    assert (output / "merged" / "config.json").is_file() and not (output / "run.json").exists()
