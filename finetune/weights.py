@@ -137,7 +137,8 @@ def _transposed_modules(folder: Path) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 

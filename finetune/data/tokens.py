@@ -38,7 +38,7 @@ def tokenizer(source: hub.Source) -> PreTrainedTokenizerBase:
     size = text.get("vocab_size") if isinstance(text, dict) else None
     known = size if isinstance(size, int) else math.inf
     try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder)
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # it reads config.json too, and an odd one may raise anything
         raise SettingsError(
             f"MODEL_NAME={source.name}: its tokenizer or config.json cannot be loaded ({first_line(error)})"
