@@ -329,9 +329,9 @@ def check_fits(model: PeftModel, settings: Settings, tokens: Tokens) -> None:
     computed = [name for name, _ in model.named_buffers()]
     tables = [name for name in embeddings + computed if name.endswith(learned)]
     config: Any = model.config.get_text_config()
-    # MPT makes its table anew in each pass
-    computing = math.inf if hasattr(config, "max_position_embeddings") else getattr(config, "max_seq_len", math.inf)
-    limit = config.max_position_embeddings if tables else computing
+    # MPT makes its biases of places (ALiBi) for so many in each pass
+    biased = config.max_seq_len if getattr(getattr(config, "attn_config", None), "alibi", False) else math.inf
+    limit = config.max_position_embeddings if tables else biased
     if tokens.longest > limit:
         raise SettingsError(
             f"MAX_SEQ_LENGTH={settings.max_seq_length}: a row has {tokens.longest} tokens, and {settings.model_name} knows {limit} "
