@@ -201,20 +201,19 @@ def check_targets(
         return
     missing = [t for t in settings.target_modules if not any(n == t or n.endswith(f".{t}") for n in linear)]
     if missing or "lm_head" in settings.target_modules:
-        wrong = ", ".join(missing) or "lm_head"
+        wrong, every = ", ".join(missing) or "lm_head", last_names(linear)
         raise SettingsError(
             f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} has no {wrong} that can be adapted; "
-            f"{advice(usable(last_names(linear)))}"
+            f"{advice(usable(every), every)}"
         )
 
 
-def advice(usable: list[str]) -> str:
-    """The end of a sentence on TARGET_MODULES. usable: names that can be adapted."""
+def advice(usable: list[str], every: list[str] | None = None) -> str:
+    """The end of a sentence on TARGET_MODULES. usable: names that can be adapted; where they are `every` name, so can all-linear."""
     if not usable:
         return "none of its linear layers can be adapted; take another model"
-    return (
-        f"those of its linear layers that can be are {', '.join(usable)}, for example TARGET_MODULES={','.join(usable)}"
-    )
+    whole = " or TARGET_MODULES=all-linear" if usable == every else ""
+    return f"its linear layers that can be adapted are {', '.join(usable)}, for example TARGET_MODULES={','.join(usable)}{whole}"
 
 
 def check_causal(source: Source) -> None:

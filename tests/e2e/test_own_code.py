@@ -56,7 +56,9 @@ def test_code_of_a_model_is_neither_run_nor_asked_for(llama: Path, tmp_path: Pat
     shutil.copytree(llama, base)
     values = json.loads((base / place).read_text())
     if place == "config.json":
-        values |= dict(model_type="strange", auto_map=dict(AutoConfig="code.Strange", AutoModelForCausalLM="code.Strange"))
+        values |= dict(
+            model_type="strange", auto_map=dict(AutoConfig="code.Strange", AutoModelForCausalLM="code.Strange")
+        )
         code = CONFIG.format(mark=mark, base="PretrainedConfig")
     else:
         values |= dict(tokenizer_class="Strange", auto_map=dict(AutoTokenizer=[None, "code.Strange"]))
@@ -76,6 +78,8 @@ def test_every_library_is_told_to_run_no_code() -> None:
         text = file.read_text()
         for name in ("AutoConfig.from_pretrained(", "AutoModelForCausalLM.from_pretrained(", "AutoTokenizer.from_pretrained(", "AutoModelForCausalLM.from_config(", "FastLanguageModel.from_pretrained("):  # fmt: skip
             for part in text.split(name)[1:]:
-                if "trust_remote_code=False" not in part[:600].split("\n\n")[0] and not part.startswith(("FOLDER", "BASE")):
+                if "trust_remote_code=False" not in part[:600].split("\n\n")[0] and not part.startswith(
+                    ("FOLDER", "BASE")
+                ):
                     lacking.append(f"{file.name}: {name}")
     assert not lacking
