@@ -168,8 +168,12 @@ def outside_text(model: torch.nn.Module) -> str:
     config: Any = model.config
     if config.get_text_config(decoder=True) is config:
         return ""
-    decoder = model.get_decoder()
-    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    linear = (
+        name for name, module in model.named_modules() if "Linear" in type(module).__name__ and module is not head
+    )
+    return "" if all(name.startswith(prefix) for name in linear) else prefix
 
 
 def tell_outside(prefix: str) -> None:

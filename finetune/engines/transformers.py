@@ -118,9 +118,8 @@ def _is_causal(model: Any, dtype: torch.dtype) -> bool:
 
     with _pass(model, dtype):
         with torch.no_grad():
-            model.train()(
-                **_tokens(model), use_cache=False
-            )  # Gemma 3n clamps weights in training, which in 4 bits it cannot
+            model.train()  # in which Gemma 3n clamps weights: not in 4 bits
+            model(**_tokens(model), use_cache=False)
             model.eval()
             rows = [model(**_tokens(model, end), use_cache=False).logits[:, :BEGINNING] for end in (0, 1)]
         if torch.equal(*rows):
@@ -185,8 +184,8 @@ def _bare(model: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, last = name.rpartition(".")
+        parent, _, last = name.rpartition(".")
+        if isinstance(module, BaseTunerLayer) and last != "base_layer":  # one in another goes with it
             setattr(model.get_submodule(parent), last, module.get_base_layer())
     vars(model).pop("peft_config", None)
     model.requires_grad_(False)

@@ -267,9 +267,11 @@ def test_only_the_text_decoder_of_a_model_that_sees_is_adapted(
 
 
 def test_a_model_of_text_is_told_what_the_settings_say(llama: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM
 
     assert engines.outside_text(AutoModelForCausalLM.from_pretrained(llama)) == ""
+    halves = BartConfig(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, vocab_size=20)
+    assert engines.outside_text(BartForCausalLM(halves)) == ""  # its configuration is of an encoder too, which it lacks
     assert engines.targets(["q_proj", "v_proj"], [], "") == ["q_proj", "v_proj"]
     assert engines.targets(("all-linear",), [], "") == "all-linear"
 
