@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import console, data, engines, folder, hub
-from finetune.errors import SettingsError
+from finetune import console, data, engines, folder, hub, verify
+from finetune.errors import HubError, Refusal, SettingsError
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def _ids(value: int | list[int] | None) -> list[int]:
 def ask(question: str, settings: Settings) -> None:
     """Print the trained model's answer: the adapter on its base in 4 bits, as trained, else the merged weights.
 
-    Raises SettingsError where OUTPUT_DIR holds no finished run.
+    MODEL_NAME, where it is given, says where the base is now.
+
+    Raises SettingsError where OUTPUT_DIR holds no finished run, or no weights that can be loaded.
     """
     console.hush()
     import torch
@@ -79,26 +81,26 @@ def ask(question: str, settings: Settings) -> None:
     output = Path(settings.output_dir)
     record = folder.finished(output)
     console.quiet()
-    dtype = engines.compute_dtype(settings)
-    place: dict[str, Any] = dict(dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"})
-    if (output / "adapter").is_dir():
-        wanted = record["settings"]
-        revision = record["model"]["commit"] or "main"
-        source = hub.fetch_model(settings.replaced(model_name=wanted["MODEL_NAME"], model_revision=revision))
-        if wanted["LOAD_IN_4BIT"]:
-            place["quantization_config"] = engines.nf4(dtype)
-        base = AutoModelForCausalLM.from_pretrained(source.folder, **place)
-        engines.settle_4bit(settings.replaced(load_in_4bit=wanted["LOAD_IN_4BIT"]), base)
-        model: Any = PeftModel.from_pretrained(base, output / "adapter")
-        found = output / "adapter"
-    elif (output / "merged").is_dir():
-        found = output / "merged"
-        model = AutoModelForCausalLM.from_pretrained(found, **place)
-    else:
+    there = [output / part for part in ("adapter", "merged") if (output / part).is_dir()]
+    if not there:
         raise SettingsError(
             f"OUTPUT_DIR={output}: neither adapter nor merged weights are there; train with SAVE_ADAPTER=1"
         )
-    loaded = data.tokenizer(hub.Source(str(found), None, found))
+    dtype = engines.compute_dtype(settings)
+    place: dict[str, Any] = dict(dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"})
+    base = _base(record, settings, output) if there[0] == output / "adapter" else None
+    found = there[0] if base else output / "merged"
+    own = hub.Source(str(found), None, found)
+    with engines.loading(base or own, variable="MODEL_NAME" if base else "OUTPUT_DIR"):
+        four_bits = bool(base and record["settings"]["LOAD_IN_4BIT"])
+        if four_bits:
+            place["quantization_config"] = engines.nf4(dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained((base or own).folder, trust_remote_code=False, **place)
+    engines.settle_4bit(settings.replaced(load_in_4bit=four_bits), model)
+    if base:
+        with engines.loading(own, "verify says which of its files is damaged", "OUTPUT_DIR"):
+            model = PeftModel.from_pretrained(model, found)
+    loaded = data.tokenizer(own)
     as_trained = settings.replaced(
         prompt_template=record["settings"]["PROMPT_TEMPLATE"],
         prompt_columns=tuple(record["settings"]["PROMPT_COLUMNS"]),
@@ -106,4 +108,25 @@ def ask(question: str, settings: Settings) -> None:
     )
     form = data.format_of(bool(record["dataset"]["messages"]), loaded, as_trained, folder.day_of(record))
     model.eval()
-    answer(model, loaded, form.prompt(question), settings.max_new_tokens or 1200, show=True)
+    with engines.memory_told("ask for fewer tokens, for example MAX_NEW_TOKENS=200"):
+        answer(model, loaded, form.prompt(question), settings.max_new_tokens or 1200, show=True)
+
+
+def _base(record: dict[str, Any], settings: Settings, output: Path) -> hub.Source | None:
+    """The base of the recorded run, from this machine or the Hub; None: it is nowhere, and the merged weights are there.
+
+    Raises SettingsError where they are not.
+    """
+    base, why_not = verify.at_hand(record, settings)
+    refusal: type[Refusal] = SettingsError
+    if base is None and (commit := record["model"]["commit"]):
+        try:
+            hub.fetch_model(settings.replaced(model_name=record["settings"]["MODEL_NAME"], model_revision=commit))
+            base, why_not = verify.at_hand(record, settings)
+        except (HubError, SettingsError) as error:
+            refusal, why_not = type(error), f"{error} {why_not}"
+    if base is None and not (output / "merged").is_dir():
+        raise refusal(f"OUTPUT_DIR={output}: {why_not}, for example MODEL_NAME=/models/base")
+    if base is None:
+        print(f"the merged weights answer, since the adapter lacks its base: {why_not}", flush=True)
+    return base

@@ -28,6 +28,8 @@ def of_machine(error: OSError) -> str | None:
 
 def first_line(error: Exception) -> str:
     """What a library's error says, short enough to stand within a sentence of ours, and without the secrets of its URLs."""
+    if "trust_remote_code" in str(error):  # it advises to set it, which nobody can or should here
+        return "it needs code of its own, which this program never runs; take a model that transformers knows"
     return without_password((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 

@@ -367,7 +367,8 @@ def _write_configs(
     if not (folder / "generation_config.json").exists():
         from transformers import AutoConfig, GenerationConfig
 
-        GenerationConfig.from_model_config(AutoConfig.from_pretrained(source.folder)).save_pretrained(folder)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...], instead: Mapping[str, bytes]) -> None:

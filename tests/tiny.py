@@ -12,6 +12,22 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+MAMBA = dict(mamba_n_heads=4, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=16)
+LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_key_value_heads=4, n_group=1, topk_group=1, first_k_dense_replace=1)  # fmt: skip
+# what some architectures need beside the sizes that all have
+NEEDED: dict[str, dict[str, Any]] = dict(
+    falcon_h1=dict(mamba_d_ssm=64, mamba_d_head=16, head_dim=16, **MAMBA),
+    granitemoehybrid=dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64, mamba_d_head=32, mamba_expand=2, layer_types=["mamba", "attention"], **MAMBA),
+    gemma2=dict(head_dim=16),
+    llama4_text=dict(head_dim=16, intermediate_size_mlp=128, num_local_experts=2, attention_chunk_size=64),
+    mamba=dict(state_size=8),
+    mamba2=dict(num_heads=4, head_dim=32, state_size=8, n_groups=1, expand=2),
+    deepseek_v2=LATENT,
+    deepseek_v3=LATENT,
+    mpt=dict(d_model=64, n_heads=4, n_layers=2, max_seq_len=64),
+    gemma3n_text=dict(head_dim=16, hidden_size_per_layer_input=16, vocab_size_per_layer_input=1000, num_kv_shared_layers=0, intermediate_size=[128, 128], layer_types=["sliding_attention", "full_attention"], laurel_rank=8, activation_sparsity_pattern=[0.0, 0.0]),
+)  # fmt: skip
+
 
 def texts() -> list[str]:
     """The bundled rows' texts."""
@@ -54,11 +70,44 @@ def model(folder: Path, kind: str = "llama", shards: bool = False, **changes: An
         sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
     ids = dict(bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
     config = AutoConfig.for_model(
-        kind, **{**sizes, "vocab_size": len(words), "tie_word_embeddings": False, **ids, **changes}
+        kind,
+        **{**sizes, "vocab_size": len(words), "tie_word_embeddings": False, **ids, **NEEDED.get(kind, {}), **changes},
     )
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     made.save_pretrained(folder, max_shard_size="200KB" if shards else "1GB")
+    words.save_pretrained(folder)
+    return folder
+
+
+def seeing(folder: Path, kind: str) -> Path:
+    """Write a model of `kind` (gemma3 or gemma4) that takes pictures beside text."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    words = tokenizer("llama")
+    ids = dict(bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.bos_token_id)
+    text = dict(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, layer_types=["sliding_attention", "full_attention"], **ids)  # fmt: skip
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    tokens = dict(boi_token_id=6, eoi_token_id=7)
+    if kind == "gemma4":
+        text |= dict(
+            hidden_size_per_layer_input=16,
+            vocab_size_per_layer_input=len(words),
+            global_head_dim=16,
+            num_kv_shared_layers=0,
+        )
+        vision |= dict(num_key_value_heads=2, head_dim=16)
+        tokens |= dict(image_token_id=5, audio_token_id=8, video_token_id=11, boa_token_id=9, eoa_token_index=10)
+        more: dict[str, Any] = dict(audio_config=None)
+    else:
+        more = dict(image_token_index=5, mm_tokens_per_image=4, boi_token_index=6, eoi_token_index=7)
+        tokens = {}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, **tokens, **more)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

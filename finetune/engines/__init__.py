@@ -17,7 +17,8 @@ import dataclasses
 import gc
 import importlib
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -159,18 +160,88 @@ def last_names(linear: list[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
 
 
-def check_targets(settings: Settings, linear: list[str]) -> None:
-    """Raise SettingsError where a name in TARGET_MODULES is no linear layer of the model. linear: names of all."""
+def outside_text(model: torch.nn.Module) -> str:
+    """The prefix of the text decoder in a model that sees or hears too, for example "model.language_model."; else "".
+
+    Rows are text: whatever lies outside of the decoder gets no gradient from them.
+    """
+    config: Any = model.config
+    if config.get_text_config(decoder=True) is config:
+        return ""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    linear = (
+        name for name, module in model.named_modules() if "Linear" in type(module).__name__ and module is not head
+    )
+    return "" if all(name.startswith(prefix) for name in linear) else prefix
+
+
+def tell_outside(prefix: str) -> None:
+    """One line where a model has more than its text decoder, which `outside_text` named."""
+    if prefix:
+        print("only the model's text decoder is adapted; its parts for pictures and sound stay as they are", flush=True)
+
+
+def targets(names: Sequence[str], linear: list[str], prefix: str) -> Any:
+    """What PEFT is told to adapt: `names`, and with a prefix only what lies below it, as one expression.
+
+    linear: names of the linear layers that may be adapted.
+    """
+    every = tuple(names) == ("all-linear",)
+    if not prefix:
+        return "all-linear" if every else list(names)
+    chosen = last_names(linear) if every else names
+    return f"{re.escape(prefix)}(?:.*\\.)?(?:{'|'.join(map(re.escape, chosen))})"
+
+
+def check_targets(
+    settings: Settings, linear: list[str], usable: Callable[[list[str]], list[str]] = lambda names: names
+) -> None:
+    """Raise SettingsError where a name in TARGET_MODULES is no linear layer of the model.
+
+    linear: names of all. usable: those last names of them that can be adapted; it is asked only for the sentence.
+    """
     if settings.target_modules == ("all-linear",):
         return
-    last = last_names(linear)
     missing = [t for t in settings.target_modules if not any(n == t or n.endswith(f".{t}") for n in linear)]
     if missing or "lm_head" in settings.target_modules:
-        wrong = ", ".join(missing) or "lm_head"
+        wrong, every = ", ".join(missing) or "lm_head", last_names(linear)
         raise SettingsError(
-            f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} has no {wrong} that can be adapted; its "
-            f"linear layers are {', '.join(last)}, for example TARGET_MODULES={','.join(last)} or TARGET_MODULES=all-linear"
+            f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} has no {wrong} that can be adapted; "
+            f"{advice(usable(every), every)}"
         )
+
+
+def advice(usable: list[str], every: list[str] | None = None) -> str:
+    """The end of a sentence on TARGET_MODULES. usable: names that can be adapted; where they are `every` name, so can all-linear."""
+    if not usable:
+        return "none of its linear layers can be adapted; take another model"
+    whole = " or TARGET_MODULES=all-linear" if usable == every else ""
+    return f"its linear layers that can be adapted are {', '.join(usable)}, for example TARGET_MODULES={','.join(usable)}{whole}"
+
+
+def check_causal(source: Source) -> None:
+    """Raise SettingsError where config.json is that of a model that sees the tokens to come, as BERT and its like do.
+
+    Theirs say with `is_decoder` whether they do. The field means that only in models that fill in masked words: GPT-NeoX has it
+    too, and is a decoder. Any other model's may say `is_causal`, which transformers reads where it makes the mask.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    with loading(source):
+        config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and hasattr(config, "is_decoder") and not config.is_encoder_decoder  # fmt: skip
+    if (masked and config.is_decoder is False) or not getattr(config.get_text_config(), "is_causal", True):
+        raise not_causal(source)
+
+
+def not_causal(source: Source) -> SettingsError:
+    """The refusal of a model in which a token's prediction depends on those that follow."""
+    return SettingsError(
+        f"MODEL_NAME={source.name}: is no causal language model: in it the tokens that follow change what is predicted before them, so it "
+        "would learn to copy and not to write; take a model made to write text, for example unsloth/DeepSeek-R1-Distill-Llama-8B"
+    )
 
 
 def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -183,8 +254,12 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 @contextlib.contextmanager
-def loading(source: Source, remedy: str = "take another model, or copy or download this one again") -> Iterator[None]:
+def loading(
+    source: Source, remedy: str = "take another model, or copy or download this one again", variable: str = "MODEL_NAME"
+) -> Iterator[None]:
     """Whatever a library raises while it loads a model, as a SettingsError that names the model and the remedy.
+
+    variable: which setting the folder comes from.
 
     A PreflightError where the GPU's memory does not hold the weights.
     """
@@ -194,17 +269,19 @@ def loading(source: Source, remedy: str = "take another model, or copy or downlo
         yield
     except torch.OutOfMemoryError as error:
         raise PreflightError(
-            f"MODEL_NAME={source.name}: its weights do not fit the GPU's memory ({str(error).partition('. ')[0]}); take a smaller "
+            f"{variable}={source.name}: its weights do not fit the GPU's memory ({str(error).partition('. ')[0]}); take a smaller "
             "model, or a GPU on which nothing else runs"
         ) from None
     except Exception as error:  # a damaged file or an odd config.json may raise anything
         raise SettingsError(
-            f"MODEL_NAME={source.name}: cannot be loaded as a causal language model ({first_line(error)}); {remedy}"
+            f"{variable}={source.name}: cannot be loaded as a causal language model ({first_line(error)}); {remedy}"
         ) from None
 
 
 @contextlib.contextmanager
-def memory_told() -> Iterator[None]:
+def memory_told(
+    remedy: str = "plan for less, for example MAX_MEMORY=12; the same command goes on from the last checkpoint",
+) -> Iterator[None]:
     """GPU memory that runs out where nothing can be halved (an answer, the optimizer, the merge), as a PreflightError."""
     try:
         yield
@@ -212,8 +289,7 @@ def memory_told() -> Iterator[None]:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         raise PreflightError(
-            f"out of GPU memory ({str(error).partition('. ')[0]}). Where another program uses this GPU, end it, or plan for less, for "
-            "example MAX_MEMORY=12; the same command goes on from the last checkpoint."
+            f"out of GPU memory ({str(error).partition('. ')[0]}). Where another program uses this GPU, end it, or {remedy}."
         ) from None
 
 
@@ -255,7 +331,10 @@ def check_fits(model: PeftModel, settings: Settings, tokens: Tokens) -> None:
     embeddings = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
     computed = [name for name, _ in model.named_buffers()]
     tables = [name for name in embeddings + computed if name.endswith(learned)]
-    limit = model.config.get_text_config().max_position_embeddings if tables else math.inf
+    config: Any = model.config.get_text_config()
+    # MPT makes its biases of places (ALiBi) for so many in each pass
+    biased = config.max_seq_len if getattr(getattr(config, "attn_config", None), "alibi", False) else math.inf
+    limit = config.max_position_embeddings if tables else biased
     if tokens.longest > limit:
         raise SettingsError(
             f"MAX_SEQ_LENGTH={settings.max_seq_length}: a row has {tokens.longest} tokens, and {settings.model_name} knows {limit} "

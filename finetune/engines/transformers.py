@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune import engines
@@ -46,47 +46,149 @@ def load(settings: Settings, source: Source) -> PeftModel:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    engines.check_causal(source)
     dtype = engines.compute_dtype(settings)
     options: dict[str, Any] = dict(quantization_config=engines.nf4(dtype)) if settings.load_in_4bit else {}
     with engines.loading(source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"}, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
+            ignore_mismatched_sizes=True, trust_remote_code=False, **options,
         )  # fmt: skip
     engines.check_whole(source, info)
     engines.settle_4bit(settings, model)
-    head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if _linear(module) and module is not head]
-    engines.check_targets(settings, linear)
     model.requires_grad_(False)
-    targets: Any = list(settings.target_modules) if settings.target_modules != ("all-linear",) else "all-linear"
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-        bias=settings.lora_bias, target_modules=targets, use_rslora=settings.use_rslora,
-    )  # fmt: skip
+    known = model.config.model_type in engines.COMPILED_TYPES  # with which all that follows is known to go together
+    if not known:
+        remedy = "take another model"
+        with engines.loading(source, f"try LOAD_IN_4BIT=0, or {remedy}" if settings.load_in_4bit else remedy):
+            causal = _is_causal(model, dtype)
+        if not causal:
+            raise engines.not_causal(source)
+    head, prefix = model.get_output_embeddings(), engines.outside_text(model)
+    modules = [(name, module) for name, module in model.named_modules() if name.startswith(prefix)]
+    linear = [name for name, module in modules if _linear(module) and module is not head]
+    engines.tell_outside(prefix)
+
+    def adapt(names: Sequence[str], rank: int) -> PeftModel:
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+            bias=settings.lora_bias, target_modules=engines.targets(names, linear, prefix), use_rslora=settings.use_rslora,
+        )  # fmt: skip
+        return get_peft_model(model, config)
+
+    def usable(names: list[str]) -> list[str]:
+        """Those of the names that get a gradient when they are adapted alone."""
+        found = []
+        for name in names:
+            with contextlib.suppress(Exception):
+                if not _without_gradient(adapt([name], 1), [name], dtype):
+                    found.append(name)
+            _bare(model)
+        return found
+
+    engines.check_targets(settings, linear, usable)
+    named = [] if settings.target_modules == ("all-linear",) else settings.target_modules
     try:
-        adapted: PeftModel = get_peft_model(model, config)
-    except ValueError as error:  # some layers it knows to be of no use, or only together
+        adapted = adapt(settings.target_modules, settings.lora_r)
+        idle = [] if known else _without_gradient(adapted, named, dtype)
+        wrong = f"{', '.join(idle)} would not be trained, since the model passes it by" if idle else ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # layers that PEFT knows to be of no use, or that return what it does not expect
+        wrong = first_line(error)
+    if wrong:
+        _bare(model)
         raise SettingsError(
-            f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} cannot be adapted so "
-            f"({first_line(error)}); name other ones of its linear layers, which are {','.join(engines.last_names(linear))}"
-        ) from None
-    if model.config.model_type not in engines.COMPILED_TYPES:  # with which all of it is known to go together
-        _try(adapted, dtype, source)
+            f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} cannot be adapted so ({wrong}); "
+            f"{engines.advice(usable(engines.last_names(linear)))}"
+        )
     return engines.begin_adapter(adapted, settings.seed)
 
 
-def _try(model: PeftModel, dtype: torch.dtype, source: Source) -> None:
-    """A few tokens through the model. Only that tells of some architectures that they cannot be had in 4 bits, or with an adapter there."""
+BEGINNING = 8  # tokens that two rows have in common, each with 4 others after them
+
+
+def _is_causal(model: Any, dtype: torch.dtype) -> bool:
+    """Whether other tokens leave what is predicted before them as it was. Raises what a model raises that cannot be computed so.
+
+    The logits need not be the same to the bit: experts are computed in other groups then. So where they differ, the gradient is
+    asked: of a prediction by a later token it is exactly zero in a causal model, in every type.
+    """
     import torch
 
-    ids = torch.ones(1, 8, dtype=torch.long, device=model.device)
-    remedy = "try LOAD_IN_4BIT=0 or fewer TARGET_MODULES, or take another model"
-    lower = torch.autocast("cuda", dtype, enabled=torch.cuda.is_available() and dtype is not torch.float32)
-    model.eval()
-    with engines.loading(source, remedy), torch.no_grad(), lower:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    model.train()
+    with _pass(model, dtype):
+        with torch.no_grad():
+            model.train()  # in which Gemma 3n clamps weights: not in 4 bits
+            model(**_tokens(model), use_cache=False)
+            model.eval()
+            rows = [model(**_tokens(model, end), use_cache=False).logits[:, :BEGINNING] for end in (0, 1)]
+        if torch.equal(*rows):
+            return True
+        kept: list[torch.Tensor] = []
+
+        def keep(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            kept.append(output.detach().requires_grad_())
+            return kept[-1] * 1  # what follows may change it in place
+
+        handle = model.get_input_embeddings().register_forward_hook(keep)
+        try:
+            logits = model(**_tokens(model), use_cache=False).logits[:, :BEGINNING]
+        finally:
+            handle.remove()
+        (slope,) = torch.autograd.grad(logits.float().square().sum(), kept[:1])
+        return not bool((slope[:, BEGINNING:].abs() > 0).any())
+
+
+def _without_gradient(model: PeftModel, names: Sequence[str], dtype: torch.dtype) -> list[str]:
+    """Those of `names` of which no adapter gets a gradient. Raises what a model raises that cannot be computed with them."""
+    with _pass(model, dtype):
+        model.train()
+        logits = model(**_tokens(model), use_cache=False).logits
+        logits.float().square().sum().backward()
+    reached = {
+        name.partition(".lora_B.")[0]
+        for name, weight in model.named_parameters()
+        if ".lora_B." in name and weight.grad is not None and weight.grad.count_nonzero()
+    }
+    model.zero_grad(set_to_none=True)
+    return [name for name in names if not any(f".{part}".endswith(f".{name}") for part in reached)]
+
+
+@contextlib.contextmanager
+def _pass(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """For a pass as training makes it, which draws nothing that training would draw; the model is left in training mode."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    lower = torch.autocast("cuda", dtype, enabled=cuda and dtype is not torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[0] if cuda else []), lower:
+            yield
+    finally:
+        model.train()
+
+
+def _tokens(model: Any, end: int = 0) -> dict[str, torch.Tensor]:
+    """A row of 12 tokens from the middle of the vocabulary: the first may be special. end: which last 4."""
+    import torch
+
+    words: Any = model.get_input_embeddings()
+    first = words.num_embeddings // 2
+    ids = [*range(first, first + BEGINNING), *range(first - 4 * end, first - 4 * end + 4)]
+    row = torch.tensor([ids], device=model.device) % words.num_embeddings
+    return dict(input_ids=row, attention_mask=torch.ones_like(row))
+
+
+def _bare(model: Any) -> None:
+    """Take all adapters off, also those of an attempt that ended half-way."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if isinstance(module, BaseTunerLayer) and last != "base_layer":  # one in another goes with it
+            setattr(model.get_submodule(parent), last, module.get_base_layer())
+    vars(model).pop("peft_config", None)
+    model.requires_grad_(False)
 
 
 def _linear(module: Any) -> bool:
@@ -138,6 +240,10 @@ def _layers(model: PeftModel) -> list[Any]:
     """Those that can be recomputed: none where the architecture says that it cannot."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    if not model.get_base_model().supports_gradient_checkpointing:
+    base: Any = model.get_base_model()
+    if not base.supports_gradient_checkpointing:
         return []
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    prefix = engines.outside_text(base)
+    return [
+        m for name, m in base.named_modules() if name.startswith(prefix) and isinstance(m, GradientCheckpointingLayer)
+    ]

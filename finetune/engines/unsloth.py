@@ -38,22 +38,27 @@ def load(settings: Settings, source: Source) -> PeftModel:
     """
     from unsloth import FastLanguageModel
 
+    engines.check_causal(source)
     with engines.loading(source, "unsloth cannot; try ENGINE=transformers"):
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(source.folder),
             max_seq_length=settings.max_seq_length,
             dtype=engines.compute_dtype(settings),
             load_in_4bit=settings.load_in_4bit,
+            trust_remote_code=False,
         )
     engines.settle_4bit(settings, model)
     import torch
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    prefix = engines.outside_text(model)
+    modules = [(name, module) for name, module in model.named_modules() if name.startswith(prefix)]
+    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
     engines.check_targets(settings, linear)
+    engines.tell_outside(prefix)
     adapted: PeftModel = FastLanguageModel.get_peft_model(
         model,
         r=settings.lora_r,
-        target_modules="all-linear" if settings.target_modules == ("all-linear",) else list(settings.target_modules),
+        target_modules=engines.targets(settings.target_modules, linear, prefix),  # it leaves an expression as it is
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         bias=settings.lora_bias,

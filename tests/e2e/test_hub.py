@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,3 +215,17 @@ def test_a_proxy_that_cannot_be_used_is_named_and_no_password_is_shown(hub: HubS
     secret = hub.url.replace("://", "://me:opensesame@")
     answer = call(hub, tmp_path, "train", HF_ENDPOINT=secret, HF_TOKEN="hf_write")
     assert answer.returncode == 4 and "HTTP 501" in answer.stderr and "opensesame" not in answer.stderr, answer.stderr
+
+
+def test_asking_where_the_cache_was_emptied(hub: HubServer, tmp_path: Path) -> None:
+    """The base comes down again; where it cannot, the merged weights answer, and without them it is said why."""
+    assert call(hub, tmp_path, "train").returncode == 0
+    shutil.rmtree(tmp_path / "hf")
+    asked = call(hub, tmp_path, "ask", "What is it?", MAX_NEW_TOKENS=3)
+    assert asked.returncode == 0 and "merged" not in asked.stdout, asked.stderr
+    shutil.rmtree(tmp_path / "hf")
+    offline = call(hub, tmp_path, "ask", "What is it?", MAX_NEW_TOKENS=3, HF_HUB_OFFLINE=1)
+    assert offline.returncode == 0 and "the merged weights answer" in offline.stdout, offline.stderr
+    shutil.rmtree(tmp_path / "out" / "merged")
+    lost = call(hub, tmp_path, "ask", "What is it?", HF_HUB_OFFLINE=1)
+    assert lost.returncode == 4 and "HF_HUB_OFFLINE" in lost.stderr and "Traceback" not in lost.stderr

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from finetune import engines, hub, preflight
+from finetune import engines, export, hub, preflight, weights
 from finetune.engines import transformers as engine
 from finetune.errors import PreflightError, SettingsError
 from finetune.settings import Settings
+from short_run import fit
 
 
 @pytest.fixture
@@ -128,9 +129,12 @@ def test_experts_that_stay_in_16_bits_are_said(tmp_path: Path, llama: Path, caps
             assert ("experts stay" in capsys.readouterr().out) == (said and four_bits == "1")
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [("gptj", dict(rotary_dim=8)), ("openai-gpt", {})])
-def test_positions_that_are_computed_once_are_known_too(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
-    folder = tiny.model(tmp_path / kind, kind, max_position_embeddings=64, **sizes)
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("gptj", dict(rotary_dim=8)), ("openai-gpt", {}), ("mpt", dict(max_seq_len=64))]
+)
+def test_positions_that_are_computed_are_known_too(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
+    """Once and for all, or as MPT's biases for so many positions in each pass."""
+    folder = tiny.model(tmp_path / kind, kind, **dict(max_position_embeddings=64) if kind != "mpt" else {}, **sizes)
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
     model = engine.load(settings, hub.Source(kind, None, folder))
     engines.check_fits(model, settings, SimpleNamespace(longest=64, largest=900))  # type: ignore[arg-type]
@@ -138,11 +142,138 @@ def test_positions_that_are_computed_once_are_known_too(tmp_path: Path, kind: st
         engines.check_fits(model, settings, SimpleNamespace(longest=65, largest=900))  # type: ignore[arg-type]
 
 
-def test_layers_that_peft_refuses_are_named(tmp_path: Path) -> None:
-    folder = tiny.model(tmp_path / "mamba", "mamba", state_size=8)
+@pytest.mark.parametrize(
+    ("kind", "named", "words"),
+    [
+        ("mamba", "all-linear", "'out_proj' is incompatible"),
+        ("mamba", "in_proj,x_proj,dt_proj", "dt_proj would not be trained"),
+        ("mamba2", "q_proj", "has no q_proj"),
+        ("falcon_h1", "all-linear", "'out_proj' is incompatible"),
+        ("deepseek_v2", "q_proj,k_proj", "has no q_proj, k_proj"),
+        ("deepseek_v3", "gate_proj", "without also targeting up_proj"),
+        ("llama4_text", "all-linear", "'tuple' object has no attribute 'dtype'"),
+    ],
+)
+def test_what_is_suggested_in_place_of_refused_layers_trains(tmp_path: Path, kind: str, named: str, words: str) -> None:
+    folder = tiny.model(tmp_path / kind, kind)
+    source = hub.Source(kind, None, folder)
+    settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": named, "MODEL_NAME": str(folder)})
+    with pytest.raises(
+        SettingsError, match=f"TARGET_MODULES={named}: .*{words}.*for example TARGET_MODULES="
+    ) as refused:
+        engine.load(settings, source)
+    suggested = str(refused.value).rpartition("TARGET_MODULES=")[2]
+    assert suggested and not {"out_proj", "dt_proj", "router"} & {*suggested.split(",")}
+    weights.check_mergeable(engine.load(settings.replaced(target_modules=tuple(suggested.split(","))), source), source)
+    fit(folder, tmp_path / "run", MAX_STEPS="1", TARGET_MODULES=suggested)
+
+
+def test_an_attempt_that_failed_leaves_no_adapter_behind(llama: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    engine._bare(model)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["bert", "electra", "roberta", "bert-generation", "llama", "qwen2"])
+def test_a_model_that_sees_the_tokens_to_come_is_refused(tmp_path: Path, kind: str) -> None:
+    """By its configuration where that tells, else by what it does: BertGeneration's `is_decoder` is looked at by nobody."""
+    told = kind in ("llama", "qwen2")
+    source = hub.Source(kind, None, tiny.model(tmp_path / "base", kind, **dict(is_causal=False) if told else {}))
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
-    with pytest.raises(SettingsError, match=r"TARGET_MODULES=all-linear: .*'out_proj' is incompatible.*which are dt_proj,in_proj,out_proj,x_proj$"):  # fmt: skip
-        engine.load(settings, hub.Source("mamba", None, folder))
+    with pytest.raises(SettingsError, match=f"MODEL_NAME={kind}: is no causal language model: .*tokens that follow"):
+        engine.load(settings, source)
+    if kind != "bert-generation":
+        with pytest.raises(SettingsError, match="is no causal language model"):
+            engines.check_causal(source)  # all that unsloth's engine can ask
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("bert", dict(is_decoder=True)), ("bert-generation", dict(is_decoder=True)), ("gpt_neox", {}), ("mixtral", dict(num_local_experts=4)),
+        ("mamba2", {}), ("llama4_text", {}), ("gemma2", {}), ("granitemoehybrid", {}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_causal_model_is_not_taken_for_another(
+    tmp_path: Path, kind: str, changes: dict[str, Any], dtype: str
+) -> None:
+    """Also where experts round otherwise, since other tokens come to them, and where the configuration has an `is_decoder` of no meaning."""
+    source = hub.Source(kind, None, tiny.model(tmp_path / "base", kind, **changes))
+    named = (
+        "in_proj"
+        if kind == "mamba2"
+        else "q_proj"
+        if kind in ("llama4_text", "mixtral", "granitemoehybrid")
+        else "all-linear"
+    )
+    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": named, "DTYPE": dtype}), source)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_looking_at_a_model_draws_nothing(tmp_path: Path, drawn: bool) -> None:
+    source = hub.Source("gpt2", None, tiny.model(tmp_path / "gpt2", "gpt2"))  # which drops out
+    settings = Settings.from_env(
+        {"LOAD_IN_4BIT": "0", "TARGET_MODULES": "c_attn", "LORA_DROPOUT": "0.5" if drawn else "0"}
+    )
+    model = engine.load(settings, source)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    engine._is_causal(model, torch.float32)
+    engine._without_gradient(model, ["c_attn"], torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gemma_3n_in_4_bits_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """It clamps weights in training, which in 4 bits are no numbers to clamp."""
+    folder = tiny.model(tmp_path / "gemma3n", "gemma3n_text")
+    with pytest.raises(SettingsError, match=r"MODEL_NAME=gemma3n: cannot be .*try LOAD_IN_4BIT=0"):
+        engine.load(Settings.from_env({"LOAD_IN_4BIT": "1"}), hub.Source("gemma3n", None, folder))
+    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0"}), hub.Source("gemma3n", None, folder))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("named", ["q_proj,v_proj", "all-linear"])
+def test_only_the_text_decoder_of_a_model_that_sees_is_adapted(
+    tmp_path: Path, kind: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.seeing(tmp_path / kind, kind)
+    settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": named, "MODEL_NAME": str(folder)})
+    model = engine.load(settings, hub.Source(kind, None, folder))
+    assert capsys.readouterr().out.count("parts for pictures and sound stay as they are") == 1
+    layers = [name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
+    assert layers and all(name.startswith("model.language_model.") for name in layers)
+    assert {name.rpartition(".")[2] for name in layers} >= {"q_proj", "v_proj"}
+    assert (len({name.rpartition(".")[2] for name in layers}) == 2) == (named != "all-linear")
+    assert engine.layers(model) == 2
+    export.save_adapter(model, hub.Source(kind, None, folder), tmp_path)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    assert {name for name, module in again.get_base_model().named_modules() if hasattr(module, "lora_A")} == {*layers}
+    weights.check_mergeable(model, hub.Source(kind, None, folder))
+    fit(folder, tmp_path / "run", MAX_STEPS="1", TARGET_MODULES=named)
+    only_seen = "fc1" if kind == "gemma3" else "linear"
+    with pytest.raises(SettingsError, match=f"has no {only_seen} that can be adapted"):
+        engine.load(settings.replaced(target_modules=(only_seen,)), hub.Source(kind, None, folder))
+
+
+def test_a_model_of_text_is_told_what_the_settings_say(llama: Path) -> None:
+    from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM
+
+    assert engines.outside_text(AutoModelForCausalLM.from_pretrained(llama)) == ""
+    halves = BartConfig(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, vocab_size=20)
+    assert engines.outside_text(BartForCausalLM(halves)) == ""  # its configuration is of an encoder too, which it lacks
+    assert engines.targets(["q_proj", "v_proj"], [], "") == ["q_proj", "v_proj"]
+    assert engines.targets(("all-linear",), [], "") == "all-linear"
 
 
 def test_a_model_that_cannot_be_computed_so_is_refused_before_training(tmp_path: Path) -> None:

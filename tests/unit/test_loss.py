@@ -27,8 +27,21 @@ def test_pieces_are_averaged_also_where_the_model_would_not_take_their_count(
         assert found.metrics[0][name] == pytest.approx(expected.metrics[0][name], rel=1e-4)
 
 
-def test_what_a_model_does_to_its_logits_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Granite divides them, which trl's loss in chunks leaves out: a hundred times larger they are far from even."""
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("granite", dict(logits_scaling=1.0)), ("granite", dict(logits_scaling=0.01)), ("granite", dict(logits_scaling=8.0)),
+        ("granitemoehybrid", dict(logits_scaling=6.0)), ("falcon_h1", dict(lm_head_multiplier=0.04)),
+        ("gemma2", dict(final_logit_softcapping=0.1)), ("llama4_text", {}), ("mpt", dict(max_seq_len=288, logit_scale=0.5)),
+    ],
+)  # fmt: skip
+def test_what_a_model_does_to_its_logits_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changes: dict[str, float]
+) -> None:
+    """Granite divides them, which trl's loss in chunks leaves out: a hundred times larger they are far from even.
+
+    Made smaller, a random model's loss changes by some thousandths alone.
+    """
     from transformers import AutoModelForCausalLM
 
     from finetune import trainer
@@ -41,15 +54,33 @@ def test_what_a_model_does_to_its_logits_counts(tmp_path: Path, monkeypatch: pyt
         return real(self, model, some, count)
 
     monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
-    for scaling in (1.0, 0.01):
-        granite = tiny.model(tmp_path / str(scaling), "granite", logits_scaling=scaling)
-        rows.clear()
-        found, _ = fit(granite, tmp_path / f"run-{scaling}", MAX_STEPS="1", **PIECES)
-        own = AutoModelForCausalLM.from_pretrained(granite, dtype=torch.float32)
-        ids = [torch.tensor([row["input_ids"]]) for row in rows]
-        with torch.no_grad():
-            losses = [float(own(input_ids=each, labels=each).loss) * (each.numel() - 1) for each in ids]
-        assert found.metrics[0]["loss"] == pytest.approx(sum(losses) / sum(each.numel() - 1 for each in ids), rel=1e-4)
+    folder = tiny.model(tmp_path / "base", kind, **changes)
+    named = dict(TARGET_MODULES="Wqkv" if kind == "mpt" else "q_proj,v_proj")
+    found, _ = fit(folder, tmp_path / "run", MAX_STEPS="1", **named, **PIECES)
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = [torch.tensor([row["input_ids"]]) for row in rows]
+    with torch.no_grad():
+        losses = [
+            float(torch.nn.functional.cross_entropy(own(input_ids=each).logits[0, :-1], each[0, 1:], reduction="sum"))
+            for each in ids
+        ]
+    assert found.metrics[0]["loss"] == pytest.approx(sum(losses) / sum(each.numel() - 1 for each in ids), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+def test_the_head_alone_takes_the_loss_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Which needs no logits of whole rows; Granite's take them where their scaling is not 1."""
+    from finetune import trainer
+
+    asked: list[bool] = []
+    real = trainer.OurTrainer._head_is_all
+    monkeypatch.setattr(trainer.OurTrainer, "_head_is_all", lambda self: asked.append(real(self)) or asked[-1])
+    fit(
+        tiny.model(tmp_path / "base", kind, **dict(logits_scaling=1.01) if kind == "granite" else {}),
+        tmp_path / "run",
+        MAX_STEPS="1",
+    )
+    assert asked == [kind == "llama"]
 
 
 def test_recomputed_layers_drop_what_they_dropped_before(tmp_path: Path) -> None:
