@@ -84,8 +84,11 @@ class Messages:
             raise BadRow(f"is refused by the model's chat template ({first_line(error)})") from None
 
     def prompt(self, question: str) -> str:
-        """The question in the chat format, up to where the answer begins."""
-        return self.written([{"role": "user", "content": question}], asking=True)
+        """The question in the chat format, up to where the answer begins. Raises SettingsError where the template refuses it."""
+        try:
+            return self.written([{"role": "user", "content": question}], asking=True)
+        except BadRow as refused:
+            raise SettingsError(f"the question {refused}; with MAX_NEW_TOKENS=0 a run asks nothing") from None
 
     def text(self, row: dict[str, Any]) -> Text:
         """The conversation in the chat format; the answers are the assistant's turns, each with its end."""
