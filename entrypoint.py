@@ -10,9 +10,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import __version__, command, libraries
+from finetune import __version__
+from finetune import environment as libraries
 from finetune.errors import Refusal, of_machine
 from finetune.settings import Settings, reference
+from finetune.verbs import table as command
 
 
 def main(argv: list[str], environ: Mapping[str, str]) -> int:
@@ -51,14 +53,14 @@ def run(asked: command.Command, environ: Mapping[str, str]) -> None:
         return print(reference(), end="")
     layered, line = libraries.layers(libraries.dotenv(Path(".env")), environ), asked.line
     if asked.verb == "reproduce":
-        from finetune import reproduce
+        from finetune.verbs import reproduce
 
         layered, line = reproduce.restore(Path(asked.word or ""), layered, line)
         for name in libraries.NUMERIC:
             os.environ.pop(name, None)
     settings = Settings.from_env(layered, line)
     os.environ.update(libraries.variables(settings, layered))
-    from finetune import verbs
+    from finetune.verbs import calls as verbs
 
     verbs.call(asked.verb, settings, os.environ, asked.word)
 

@@ -18,7 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from finetune import files, preflight, report  # noqa: E402
+from finetune import files  # noqa: E402
+from finetune.machine import preflight  # noqa: E402
+from finetune.run import report  # noqa: E402
 
 SHAPES = (
     (64, 192, 256),

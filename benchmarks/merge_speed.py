@@ -22,8 +22,10 @@ import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from finetune import export, files, report  # noqa: E402
-from finetune.hub import Source  # noqa: E402
+from finetune import files  # noqa: E402
+from finetune.run import report  # noqa: E402
+from finetune.sources.hub import Source  # noqa: E402
+from finetune.weights.shards import merge as export  # noqa: E402
 from scripts import bench  # noqa: E402
 
 ROUNDS = 3

@@ -24,9 +24,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune import data, engines, files, hub, report  # noqa: E402
+from finetune import data, engines, files  # noqa: E402
 from finetune.engines import compiled  # noqa: E402
+from finetune.run import report  # noqa: E402
 from finetune.settings import Settings  # noqa: E402
+from finetune.sources import hub  # noqa: E402
 
 ROWS, RATES = 4, [0, 4e-5, 8e-5, 12e-5, 16e-5, *[2e-4] * 7]  # the recipe's warm-up, then its learning rate
 Row = dict[str, list[int]]

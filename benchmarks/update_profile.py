@@ -25,8 +25,10 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import torch  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from finetune import files, recipe, trainer  # noqa: E402
+from finetune import files  # noqa: E402
+from finetune.run import recipe  # noqa: E402
 from finetune.settings import Settings  # noqa: E402
+from finetune.training import trainer  # noqa: E402
 from scripts import bench  # noqa: E402
 
 PLAIN, EACH = 12, 2

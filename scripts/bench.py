@@ -22,7 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune import files, preflight  # noqa: E402
+from finetune import files  # noqa: E402
+from finetune.machine import preflight  # noqa: E402
 
 SKIPPED = 8  # updates that compile and warm up
 CASES: dict[str, dict[str, str] | list[str]] = {
@@ -152,7 +153,7 @@ def copied(folder: Path, to: Path) -> float:
 
 def machine() -> dict[str, Any]:
     """GPU, driver, versions, and what a plain product of matrices reaches here."""
-    from finetune import report
+    from finetune.run import report
 
     visible = preflight.gpus(os.environ)
     if not visible:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from finetune import data, engines, hub, train
-from finetune.engines import transformers as engine
+from finetune import data, engines
+from finetune.engines import plain as engine
 from finetune.settings import Settings
+from finetune.sources import hub
+from finetune.training import fit as train
 
 
 def fit(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data.reading import Row
 from finetune.errors import PreflightError
-from finetune.plan import pieces
+from finetune.training.plan import pieces
 
 if TYPE_CHECKING:
     from datasets import Dataset

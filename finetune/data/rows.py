@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import hub
 from finetune.data import checks, reading
 from finetune.data.formats import messages as conversation
 from finetune.data.formats import template
 from finetune.data.reading import Placed, Row
 from finetune.errors import HubError, SettingsError, first_line, of_machine, without_password
 from finetune.settings import SPLIT, Settings
+from finetune.sources import hub
 
 if TYPE_CHECKING:
     from datasets import Dataset

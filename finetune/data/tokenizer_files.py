@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import hub
 from finetune.errors import SettingsError, first_line
+from finetune.sources import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
     from finetune.data import Tokens
-    from finetune.engines.compiled import Packed
-    from finetune.hub import Source
-    from finetune.preflight import Gpu
+    from finetune.engines.compiled.path import Packed
+    from finetune.machine.preflight import Gpu
+    from finetune.sources.hub import Source
 
 
 class Engine(Protocol):
@@ -54,6 +54,7 @@ class Engine(Protocol):
 
 
 # Decoder layers that take position_embeddings and hand everything else to the attention function.
+MODULES = {"transformers": "plain", "unsloth": "unsloth"}
 COMPILED_TYPES = ("llama", "qwen2", "qwen3")
 
 
@@ -79,9 +80,9 @@ class Choice:
         console.hush()  # on a CPU with AVX512-BF16, bitsandbytes warns of a package that nothing here needs
         gc.disable()  # it would walk a million lasting objects again and again, a tenth of the time that imports take
         try:
-            engine: Engine = importlib.import_module(f"finetune.engines.{self.name}")
+            engine: Engine = importlib.import_module(f"finetune.engines.{MODULES[self.name]}")
             engine.prepare(settings)
-            importlib.import_module("finetune.trainer")
+            importlib.import_module("finetune.training.trainer")
         finally:
             gc.freeze()
             gc.enable()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import engines
 from finetune.errors import PreflightError
-from finetune.hub import Source
 from finetune.settings import Settings
+from finetune.sources.hub import Source
 
 if TYPE_CHECKING:
     from peft import PeftModel

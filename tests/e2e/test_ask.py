@@ -13,8 +13,8 @@ import torch
 
 import tiny
 from conftest import call, train
-from finetune import answer
 from finetune.errors import PreflightError
+from finetune.inference import answer
 from finetune.settings import Settings
 
 

@@ -134,7 +134,7 @@ def test_a_quantised_base_is_refused_before_its_weights_come_down(
 
 
 def test_an_unquantised_base_with_an_empty_section_is_none(tmp_path: Path) -> None:
-    from finetune import hub
+    from finetune.sources import hub
 
     (tmp_path / "config.json").write_text('{"quantization_config": null, "text_config": {"compression_config": {}}}')
     assert hub.quantised(hub.Source("a", None, tmp_path)) is None

@@ -17,7 +17,8 @@ import pytest
 
 import tiny
 from conftest import QUICK, ROOT, call, environment, train
-from finetune import checkpoints, files
+from finetune import files
+from finetune.training import checkpoints
 
 WEIGHTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors.index.json")
 TOP = {"README.md", "curves.png", "metrics.jsonl", "report.html", "run.json", "samples.md"}

@@ -12,7 +12,7 @@ import pytest
 
 import smoke_record
 from conftest import ROOT, call, environment, schema_errors
-from finetune import report
+from finetune.run import report
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, ROOT, call, environment, schema_errors, train
-from finetune import export, files, report, verify
+from finetune import files
 from finetune.errors import SettingsError
+from finetune.run import report
 from finetune.settings import Settings
+from finetune.verbs import verify
+from finetune.weights import merge as export
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +194,8 @@ from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 import tiny
-from finetune import export
-from finetune.hub import Source
+from finetune.weights import merge as export
+from finetune.sources.hub import Source
 home = Path({str(tmp_path)!r})
 if sys.argv[1] == "make":
     base = tiny.model(home / "base", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)

@@ -9,7 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from finetune.engines import adapted
+from finetune.engines.compiled import lora_linear as adapted
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 KINDS = {"plain": None, "nf4": False, "nf4, double": True}

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from finetune import answer, data, hub
+from finetune import data
+from finetune.inference import answer
+from finetune.sources import hub
 
 
 @pytest.mark.parametrize("asked", [dict(num_beams=3), dict(num_return_sequences=2, do_sample=True)])

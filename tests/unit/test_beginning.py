@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.engines import beginning
+from finetune.engines.compiled import shared_prefix as beginning
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -46,7 +46,7 @@ def test_spread_is_indexing_with_its_gradient(device: str) -> None:
 def test_it_is_compiled_once_for_all_sizes() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
 
     counter = CompileCounterWithBackend("aot_eager")
 

@@ -18,7 +18,7 @@ COMMON = 40  # tokens that all rows begin with
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
-        from finetune.engines import compiled
+        from finetune.engines.compiled import path as compiled
 
         monkeypatch.setattr(compiled, "varlen_attn", tiny.varlen_attention)
     return str(request.param)
@@ -74,8 +74,8 @@ def packed_run(
     widened: bool = False,
 ) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of one update in pieces of `size` rows."""
-    from finetune import plan
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
+    from finetune.training import plan
 
     count, total = torch.tensor(labels_of(some), device=device), 0.0
     model.zero_grad()
@@ -134,7 +134,7 @@ def test_an_update_is_the_same_in_any_pieces(folder: Path, device: str) -> None:
 
 
 def test_a_row_changes_no_other_row_s_loss(folder: Path, device: str) -> None:
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
 
     model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
     some = rows()
@@ -153,7 +153,7 @@ def test_a_row_changes_no_other_row_s_loss(folder: Path, device: str) -> None:
 
 
 def test_a_common_beginning_is_computed_once(folder: Path, device: str) -> None:
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
 
     model, some = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16), rows()
     sizes = [len(row["input_ids"]) for row in some]
@@ -176,7 +176,7 @@ def test_a_common_beginning_is_computed_once(folder: Path, device: str) -> None:
 def test_the_loss_holds_one_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     import weakref
 
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
 
     slopes: list[Any] = []
 
@@ -200,7 +200,7 @@ def test_the_loss_holds_one_chunk_of_logits_at_a_time(monkeypatch: pytest.Monkey
 
 
 def test_dropout_leaves_each_row_its_own_beginning(folder: Path, device: str) -> None:
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
 
     for dropout, shared in ((0.0, COMMON - 1), (0.1, 0)):
         model = adapted(folder, device, torch.float32, dropout=dropout)
@@ -224,7 +224,7 @@ def test_the_same_bytes_each_time(folder: Path, device: str) -> None:
 def test_recomputed_layers_give_the_same_gradients(folder: Path, device: str) -> None:
     from types import SimpleNamespace
 
-    from finetune.engines import transformers as engine
+    from finetune.engines import plain as engine
 
     model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
     found = []
@@ -235,7 +235,7 @@ def test_recomputed_layers_give_the_same_gradients(folder: Path, device: str) ->
 
 
 def test_an_embedding_on_the_host_changes_nothing(folder: Path, device: str) -> None:
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
 
     model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
     weight = model.get_input_embeddings().weight
@@ -252,7 +252,7 @@ def test_an_embedding_on_the_host_changes_nothing(folder: Path, device: str) -> 
 
 def test_weights_widened_once_change_nothing(folder: Path, device: str) -> None:
     from finetune import engines
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
     from finetune.settings import Settings
 
     model = adapted(folder, device, torch.bfloat16, quantization_config=engines.nf4(torch.bfloat16))
@@ -267,7 +267,7 @@ def test_weights_widened_once_change_nothing(folder: Path, device: str) -> None:
 
 
 def test_an_adapted_weight_is_multiplied_once(folder: Path) -> None:
-    from finetune import probe
+    from finetune.training import probe
 
     model = adapted(folder, "cpu", torch.float32)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
@@ -297,7 +297,7 @@ def test_afterwards_the_model_is_what_it_was(folder: Path, device: str) -> None:
 
 
 def test_attention_of_another_scale_is_refused_and_not_computed_wrongly(folder: Path) -> None:
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
 
     model = adapted(folder, "cpu", torch.float32)
     model.get_base_model().model.layers[1].self_attn.scaling = 0.3

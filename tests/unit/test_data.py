@@ -14,9 +14,10 @@ import pytest
 from pyarrow import parquet
 
 import tiny
-from finetune import data, hub
+from finetune import data
 from finetune.errors import SettingsError
 from finetune.settings import Settings
+from finetune.sources import hub
 
 ROW = {"Question": "What is it?", "Complex_CoT": "Let me think.", "Response": "It is this."}
 

@@ -14,10 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from finetune import engines, export, hub, preflight, weights
-from finetune.engines import transformers as engine
+from finetune import engines
+from finetune.engines import plain as engine
 from finetune.errors import PreflightError, SettingsError
+from finetune.machine import preflight
 from finetune.settings import Settings
+from finetune.sources import hub
+from finetune.weights import merge as export
+from finetune.weights import shards as weights
 from short_run import fit
 
 

@@ -19,9 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import short_run
 import tiny
 from conftest import environment
-from finetune import export, files, report, weights
+from finetune import files
 from finetune.errors import MergeError, PreflightError, SettingsError
-from finetune.hub import Source
+from finetune.run import report
+from finetune.sources.hub import Source
+from finetune.weights import merge as export
+from finetune.weights import shards as weights
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {}, "llama-sharded": {"shards": True}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {"head_dim": 16},

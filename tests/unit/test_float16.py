@@ -16,7 +16,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """Runs train in float16, with gradients scaled by this much at first, as accelerate does it on a GPU."""
     from accelerate.state import AcceleratorState
 
-    from finetune import trainer
+    from finetune.training import trainer
 
     begin = trainer.OurTrainer.begin
 
@@ -46,7 +46,7 @@ def test_an_update_whose_scaled_gradients_overflow_is_left_out(
 def test_gradients_that_overflow_unscaled_have_diverged(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune import trainer
+    from finetune.training import trainer
 
     real = trainer.OurTrainer.piece
 

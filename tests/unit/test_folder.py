@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import conftest
-from finetune import files, folder, recipe
+from finetune import files
 from finetune.errors import PreflightError, Refusal, SettingsError
+from finetune.run import folder, recipe
 from finetune.settings import Settings
 
 

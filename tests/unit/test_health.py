@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune import console, recipe
+from finetune import console
 from finetune.errors import Refusal
+from finetune.run import recipe
 from finetune.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune.libraries import CACHES, layers, variables
+from finetune.environment import CACHES, layers, variables
 from finetune.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 # root may write everywhere, so it becomes someone else first, after the imports that need its Python
 SCRIPT = """
 import json, os, sys
-from finetune import libraries
+from finetune import environment as libraries
 from finetune.errors import Refusal
 from finetune.settings import Settings
 environ = json.loads(sys.argv[1])

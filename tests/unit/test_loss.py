@@ -44,7 +44,7 @@ def test_what_a_model_does_to_its_logits_counts(
     """
     from transformers import AutoModelForCausalLM
 
-    from finetune import trainer
+    from finetune.training import trainer
 
     rows: list[dict[str, list[int]]] = []
     real = trainer.OurTrainer.piece
@@ -70,7 +70,7 @@ def test_what_a_model_does_to_its_logits_counts(
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_the_head_alone_takes_the_loss_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Which needs no logits of whole rows; Granite's take them where their scaling is not 1."""
-    from finetune import trainer
+    from finetune.training import trainer
 
     asked: list[bool] = []
     real = trainer.OurTrainer._head_is_all

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import plan
 from finetune.errors import Refusal
+from finetune.training import plan
 from short_run import fit
 
 
 def out_of_memory_once(monkeypatch: pytest.MonkeyPatch, larger_than: int, after: int) -> None:
     """From the piece number `after` on, a piece of more rows than `larger_than` fails when its gradients are made already."""
-    from finetune import trainer
+    from finetune.training import trainer
 
     real, seen = trainer.OurTrainer.piece, [0]
 
@@ -43,7 +43,7 @@ def test_the_update_is_repeated_in_half_the_pieces(
 
 
 def test_halved_pieces_are_counted_as_they_are(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune import planning
+    from finetune.training import planner as planning
 
     monkeypatch.setattr(planning.Planner, "choose", lambda self: plan.Plan(3, 2, 0, 2, "3 + 1 rows"))
     out_of_memory_once(monkeypatch, larger_than=1, after=0)
@@ -54,7 +54,7 @@ def test_halved_pieces_are_counted_as_they_are(llama: Path, tmp_path: Path, monk
 def test_the_activations_are_recomputed_before_one_row_is_given_up(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from finetune import trainer
+    from finetune.training import trainer
 
     expected, _ = fit(llama, tmp_path / "whole")
     real = trainer.OurTrainer.piece
@@ -85,7 +85,7 @@ def test_the_rows_to_come_are_known_beforehand_and_stay_the_same(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan looks at the lengths in their order, over more than one pass; looking must not change it."""
-    from finetune import trainer
+    from finetune.training import trainer
 
     undisturbed, _ = fit(llama, tmp_path / "undisturbed", MAX_STEPS="6")
     foreseen: list[list[int]] = []

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import tiny
-from finetune import engines, planning, train
-from finetune.engines import compiled
-from finetune.engines import transformers as engine
+from finetune import engines
+from finetune.engines import plain as engine
+from finetune.engines.compiled import path as compiled
+from finetune.training import fit as train
+from finetune.training import planner as planning
 from short_run import fit
 
 
@@ -71,7 +73,7 @@ def test_nothing_moves_the_model_while_it_is_trained(
     """accelerate would move it to the GPU as a whole, and with it the embedding that waits on the host."""
     from peft import PeftModel
 
-    from finetune import trainer
+    from finetune.training import trainer
 
     moved: list[Any] = []
     begin = trainer.OurTrainer.begin
@@ -92,7 +94,7 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from finetune import plan, probe
+    from finetune.training import plan, probe
 
     places: list[bool] = []
     place = compiled.Packed.place_embedding
@@ -120,7 +122,7 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
 def test_weights_are_widened_where_whole_updates_fit_beside_them(
     llama: Path, tmp_path: Path, attended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune import plan, probe, trainer
+    from finetune.training import plan, probe, trainer
 
     widened: list[bool] = []
     real = trainer.OurTrainer.piece

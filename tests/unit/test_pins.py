@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune import pins
+from finetune.environment import dotenv
 from finetune.errors import PreflightError
-from finetune.libraries import dotenv
+from finetune.verbs import lock_inputs as pins
 
 SHA = "0123456789" * 4
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from finetune import plan
+from finetune.training import plan
 
 # 8B in NF4 on the compiled path, in bytes: benchmarks/h100
 COST = plan.Cost(

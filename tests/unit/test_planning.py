@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import plan, planning, probe
-from finetune.engines import transformers as engine
-from finetune.engines.compiled import Packed
+from finetune.engines import plain as engine
+from finetune.engines.compiled.path import Packed
 from finetune.settings import Settings
+from finetune.training import plan, probe
+from finetune.training import planner as planning
 
 
 class Trainer:

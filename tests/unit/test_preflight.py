@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import preflight
 from finetune.errors import PreflightError
+from finetune.machine import preflight
 from finetune.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ def test_a_full_disk_is_found_before_the_download(tmp_path: Path, monkeypatch: p
 # root may read everything, so it becomes someone else first, after the imports that need its Python
 AS_ANOTHER = """
 import os, sys
-from finetune import preflight
+from finetune.machine import preflight
 from finetune.errors import Refusal
 from finetune.settings import Settings
 if os.getuid() == 0:

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, call, schema_errors
-from finetune import files, folder, inputs, records, report, reproduce
+from finetune import files
 from finetune.errors import NotReproduced, SettingsError
+from finetune.run import folder, inputs, records, report
 from finetune.settings import Settings
+from finetune.verbs import reproduce
 
 SHA = "0123456789abcdef" * 4
 TEXT = " \"in quotes\", 'both', with a comma "

@@ -14,10 +14,12 @@ from transformers import AutoTokenizer
 
 import real_tokenizers
 import tiny
-from finetune import data, export, hub
+from finetune import data
 from finetune.data import tokenizer_files
 from finetune.errors import SettingsError
 from finetune.settings import Settings
+from finetune.sources import hub
+from finetune.weights import merge as export
 
 TYPES = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "falcon_h1")
 CLASSES = ("LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "GemmaTokenizer", "GPT2Tokenizer", "NoSuchTokenizer", None)  # fmt: skip

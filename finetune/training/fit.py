@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import checkpoints, console, plan, planning
+from finetune import console
 from finetune.settings import Settings
+from finetune.training import checkpoints, plan
+from finetune.training import planner as planning
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
     from finetune.data import Tokens
     from finetune.engines import Choice, Engine
-    from finetune.inputs import Record
-    from finetune.trainer import OurTrainer
+    from finetune.run.inputs import Record
+    from finetune.training.trainer import OurTrainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ def fit(
     """
     import torch
 
-    from finetune.trainer import OurTrainer, peak_gib
+    from finetune.training.trainer import OurTrainer, peak_gib
 
     initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = OurTrainer(

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import answer, console, hub, inputs, pins, preflight, recipe, reproduce, verify
+from finetune import console
+from finetune.inference import answer
+from finetune.machine import preflight
+from finetune.run import inputs, recipe
 from finetune.settings import Settings
+from finetune.sources import hub
+from finetune.verbs import lock_inputs as pins
+from finetune.verbs import reproduce, verify
 
 
 def call(verb: str, settings: Settings, environ: Mapping[str, str], word: str | None) -> None:

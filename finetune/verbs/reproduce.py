@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune import libraries, records
+from finetune import environment as libraries
 from finetune.errors import NotReproduced, SettingsError
+from finetune.run import records
 from finetune.settings import Settings, declarations
 
 # about this run and not about the recorded one: where it goes, and that nothing is published or tracked
@@ -101,7 +102,7 @@ def run(path: Path, settings: Settings, environ: Mapping[str, str]) -> None:
     Raises SettingsError where model or data are not those of the record, NotReproduced where the bytes differ and no
     TOLERANCE covers the losses' difference.
     """
-    from finetune import folder, recipe
+    from finetune.run import folder, recipe
 
     path, recorded = read(path)
     output = Path(settings.output_dir)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import SettingsError
-from finetune.report import SCHEMA_VERSION
+from finetune.run.report import SCHEMA_VERSION
 
 # An example of each part. A value has the type of its example, and a whole number is not less than its own; every value of a
 # list is like the one here, every value of an object like that under EACH; a part whose name ends in ? may be null.

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from finetune import data, folder, hub
+from finetune import data
 from finetune.errors import SettingsError
+from finetune.run import folder
 from finetune.settings import Settings
+from finetune.sources import hub
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
-    from finetune.hub import Source
+    from finetune.sources.hub import Source
 
 Record = Mapping[str, Any]  # the content of a run.json
 MODEL_FILE = "model file "

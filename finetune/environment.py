@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import preflight
 from finetune.errors import SettingsError
+from finetune.machine import preflight
 from finetune.settings import Settings, declarations
 
 # nothing phones home (unsloth #3680 hung behind firewalls on its start-up call), and no window is opened for a plot

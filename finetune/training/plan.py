@@ -2,7 +2,7 @@
 
 The recipe fixes how many rows make an update; in how many forward passes they go through the model changes nothing but
 rounding, time and memory. `choose` takes the fewest pieces that fit, and then recomputes the activations of as few layers as
-possible. A piece's memory is worked out from what a token costs, which `finetune.probe` measures on the model itself.
+possible. A piece's memory is worked out from what a token costs, which `finetune.training.probe` measures on the model itself.
 """
 
 from __future__ import annotations

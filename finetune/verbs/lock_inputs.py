@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from finetune import data, files, hub, libraries
+from finetune import data, files
+from finetune import environment as libraries
 from finetune.errors import HubError, PreflightError, Refusal, SettingsError
 from finetune.settings import Settings
+from finetune.sources import hub
 
 
 def lock(settings: Settings, environ: Mapping[str, str], path: Path) -> Iterator[str]:

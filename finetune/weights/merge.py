@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import files
 from finetune.errors import MergeError, PreflightError, SettingsError
-from finetune.hub import INDEX, PROCESSOR_FILES, TOKENIZER_FILES, Source, weight_files
-from finetune.preflight import data_bytes, safetensors_header
-from finetune.weights import CODES, Adapter, Base, Shard
+from finetune.machine.preflight import data_bytes, safetensors_header
+from finetune.sources.hub import INDEX, PROCESSOR_FILES, TOKENIZER_FILES, Source, weight_files
+from finetune.weights.shards import CODES, Adapter, Base, Shard
 
 if TYPE_CHECKING:
     import torch

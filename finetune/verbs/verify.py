@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune import export, folder, hub, report
 from finetune.errors import HubError, SettingsError
-from finetune.hub import Source
+from finetune.run import folder, report
 from finetune.settings import Settings
+from finetune.sources import hub
+from finetune.sources.hub import Source
+from finetune.weights import merge as export
 
 
 def run(settings: Settings) -> Iterator[str]:

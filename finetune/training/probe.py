@@ -1,4 +1,4 @@
-"""What one token costs on this GPU with this model, measured before training: see `finetune.plan`."""
+"""What one token costs on this GPU with this model, measured before training: see `finetune.training.plan`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune.plan import Cost
+from finetune.training.plan import Cost
 
 FREE = 4  # layers that are not recomputed in two of the passes
 EFFICIENCY = 0.6  # share of a matrix product's speed that a whole pass reaches (H100: benchmarks/h100)

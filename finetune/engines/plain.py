@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import engines
 from finetune.errors import SettingsError, first_line
-from finetune.hub import Source
 from finetune.settings import Settings
+from finetune.sources.hub import Source
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-    from finetune.engines.compiled import Packed
+    from finetune.engines.compiled.path import Packed
 
 
 PARTIAL = True
@@ -214,7 +214,7 @@ def path(model: PeftModel, choice: engines.Choice, places: int, longest: int, co
     if not choice.compiled:
         yield None
         return
-    from finetune.engines import compiled
+    from finetune.engines.compiled import path as compiled
 
     with compiled.applied(model, places, longest, common=common) as packed:
         yield packed

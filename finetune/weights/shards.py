@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import MergeError, SettingsError
-from finetune.hub import Source, weight_files
-from finetune.preflight import safetensors_header
+from finetune.machine.preflight import safetensors_header
+from finetune.sources.hub import Source, weight_files
 
 if TYPE_CHECKING:
     from peft import PeftModel

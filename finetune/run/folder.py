@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune import files, preflight, records
+from finetune import files
 from finetune.errors import PreflightError, SettingsError
-from finetune.report import below, versions
+from finetune.machine import preflight
+from finetune.run import records
+from finetune.run.report import below, versions
 from finetune.settings import Settings
 
 PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", "metrics.jsonl", "curves.png", "report.html", "samples.md", "README.md")  # fmt: skip

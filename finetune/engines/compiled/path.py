@@ -3,7 +3,7 @@
 The same mathematics as transformers + peft in bfloat16, in a form that keeps a GPU busy. The rows of a micro-batch lie end
 to end in one row of tokens; `ends` says where each stops, and attention sees no further (torch.nn.attention.varlen,
 through transformers' attention registry). Each decoder layer runs under torch.compile with a symbolic number of tokens, so
-that it is compiled once. What all rows begin with is computed once (`finetune.engines.beginning`). What is not here (rotary embeddings,
+that it is compiled once. What all rows begin with is computed once (`finetune.engines.compiled.shared_prefix`). What is not here (rotary embeddings,
 norms, the layers' own code) is transformers'.
 """
 
@@ -25,7 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune import engines
 from finetune.data import IGNORED
-from finetune.engines import adapted, beginning
+from finetune.engines.compiled import lora_linear as adapted
+from finetune.engines.compiled import shared_prefix as beginning
 from finetune.files import sha256
 
 if TYPE_CHECKING:

@@ -20,13 +20,14 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from finetune import checkpoints, console, files
+from finetune import console, files
 from finetune.data import IGNORED
 from finetune.errors import PreflightError, Refusal
-from finetune.plan import Plan, pieces
+from finetune.training import checkpoints
+from finetune.training.plan import Plan, pieces
 
 if TYPE_CHECKING:
-    from finetune.engines.compiled import Packed
+    from finetune.engines.compiled.path import Packed
 
 Row = dict[str, Any]
 

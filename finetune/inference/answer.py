@@ -7,9 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import console, data, engines, folder, hub, verify
+from finetune import console, data, engines
 from finetune.errors import HubError, Refusal, SettingsError
+from finetune.run import folder
 from finetune.settings import Settings
+from finetune.sources import hub
+from finetune.verbs import verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

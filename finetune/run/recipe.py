@@ -7,8 +7,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import answer, console, data, engines, export, folder, hub, inputs, preflight, report, train, weights
+from finetune import console, data, engines
+from finetune.inference import answer
+from finetune.machine import preflight
+from finetune.run import folder, inputs, report
 from finetune.settings import Settings
+from finetune.sources import hub
+from finetune.training import fit as train
+from finetune.weights import merge as export
+from finetune.weights import shards as weights
 
 
 def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record | None = None) -> None:

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import __version__, files
-from finetune.libraries import NUMERIC
+from finetune.environment import NUMERIC
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
     from finetune.engines import Choice
-    from finetune.export import Merged
-    from finetune.hub import Source
-    from finetune.preflight import Gpu
+    from finetune.machine.preflight import Gpu
     from finetune.settings import Settings
-    from finetune.train import Fit
+    from finetune.sources.hub import Source
+    from finetune.training.fit import Fit
+    from finetune.weights.merge import Merged
 
 SCHEMA_VERSION = 2  # of run.json; the schema is run.schema.json beside this file
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface-hub", "tokenizers", "safetensors", "unsloth", "unsloth-zoo", "triton", "numpy")  # fmt: skip
@@ -37,7 +37,7 @@ CURVES = (
     ("grad_norm", "gradient norm"),
     ("epoch", "epoch"),
 )
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Clock:

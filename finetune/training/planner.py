@@ -8,8 +8,8 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
-from finetune import plan
 from finetune.settings import Settings
+from finetune.training import plan
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from finetune.data import Tokens
     from finetune.engines import Engine
-    from finetune.trainer import OurTrainer
+    from finetune.training.trainer import OurTrainer
 
 MOST_UPDATES = 2000  # whose lengths are looked at; a longer run has its way out when memory runs out after all
 MOST_TOKENS = 1024  # of the passes that are measured
@@ -140,7 +140,7 @@ class Planner:
         """What a token costs; None where the memory does not even hold the passes that measure it."""
         import torch
 
-        from finetune import probe
+        from finetune.training import probe
 
         model = self.model
         stream, sizes = self._stream()

@@ -18,10 +18,10 @@ from typing import Any
 
 from finetune import blobs, files
 from finetune.errors import HubError, PreflightError, SettingsError, first_line, without_password
-from finetune.folder import verify
-from finetune.preflight import INDEX as INDEX
-from finetune.preflight import safetensors_header
-from finetune.preflight import weight_files as weight_files
+from finetune.machine.preflight import INDEX as INDEX
+from finetune.machine.preflight import safetensors_header
+from finetune.machine.preflight import weight_files as weight_files
+from finetune.run.folder import verify
 from finetune.settings import Settings
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
