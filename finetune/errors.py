@@ -58,7 +58,7 @@ class SettingsError(Refusal):
     code = 2
 
 
-class PreflightError(Refusal):
+class MachineError(Refusal):
     """The machine cannot do what was asked: no GPU, driver too old, no disk space, a folder that cannot be written."""
 
     code = 3

@@ -173,6 +173,17 @@ class Settings:
     def rows_per_update(self) -> int:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def micro_batch(self) -> int | None:
+        """Rows of one forward pass where the user set them; None: planned."""
+        sized = self.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+        return self.per_device_train_batch_size if sized else None
+
+    @property
+    def recomputes(self) -> bool | None:
+        """Whether the user has activations recomputed; None: planned."""
+        return self.gradient_checkpointing != "false" if "gradient_checkpointing" in self.given else None
+
     def replaced(self, **values: Any) -> Settings:
         """A copy with other values."""
         return dataclasses.replace(self, **values)

@@ -5,11 +5,11 @@ from finetune.data.processes import FEW_ROWS
 from finetune.data.rows import Rows, load, on_hub
 from finetune.data.tokenizer_files import load as tokenizer
 from finetune.data.tokenizer_files import misread, rewritten
-from finetune.data.tokens import IGNORED, Tokens, format_of, tokenize
+from finetune.data.tokens import IGNORE_INDEX, Tokens, format_of, tokenize
 
 __all__ = [
     "FEW_ROWS",
-    "IGNORED",
+    "IGNORE_INDEX",
     "TEMPLATE",
     "Rows",
     "Template",

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.reading import Row
-from finetune.errors import PreflightError
+from finetune.errors import MachineError
 from finetune.training.plan import pieces
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _work: Callable[[Row], Row]  # a child's, from before it was forked: a tokenizer
 def results(work: Callable[[Row], Row], rows: list[Row], processes: int) -> Dataset:
     """What `work` makes of each row, in the order of the rows whatever the number of processes.
 
-    Raises what `work` raises, and PreflightError where a process was killed.
+    Raises what `work` raises, and MachineError where a process was killed.
     """
     import pyarrow
     from datasets import Dataset
@@ -41,7 +41,7 @@ def results(work: Callable[[Row], Row], rows: list[Row], processes: int) -> Data
         with ProcessPoolExecutor(processes, fork, _begin, (work,)) as pool:
             tables = list(pool.map(_chunk, pieces(rows, CHUNK)))
     except BrokenProcessPool:
-        raise PreflightError(
+        raise MachineError(
             f"DATASET_NUM_PROC={processes}: a process that tokenizes was killed, most often because memory ran out; use fewer of "
             "them, for example DATASET_NUM_PROC=1"
         ) from None

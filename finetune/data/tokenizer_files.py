@@ -199,7 +199,7 @@ def _set_pad(loaded: PreTrainedTokenizerBase, source: hub.Source) -> None:
     size = text.get("vocab_size") if isinstance(text, dict) else None
     known = size if isinstance(size, int) else math.inf
     if loaded.pad_token_id is None or loaded.pad_token_id == loaded.eos_token_id or loaded.pad_token_id >= known:
-        # any special token will do that is neither, and that the model knows: its label is always IGNORED
+        # any special token will do that is neither, and that the model knows: its label is always IGNORE_INDEX
         taken = {loaded.eos_token, loaded.bos_token}
         special = [
             t for t in [*map(str, loaded.added_tokens_decoder.values()), loaded.unk_token]

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label that the loss leaves out
+IGNORE_INDEX = -100  # label that the loss leaves out
 SAMPLE = 1000  # rows on which another way to read the tokenizer is tried
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORED where there is no loss.
+    """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORE_INDEX where there is no loss.
 
     total, trained: tokens, and those of them that the loss is on. largest: the highest id. common: how many tokens, with their
     labels, all rows begin with: a template's beginning, a system prompt. dropped: rows left out since they cannot be trained on.
@@ -101,7 +101,7 @@ def tokenize(
 
     date: what a chat template writes as today's; None: today. own_file: whether the tokenizer has a tokenizer.json. Raises
     SettingsError that names rows which lose something or keep nothing to train on, or where messages find no chat template;
-    PreflightError where a process was killed.
+    MachineError where a process was killed.
     """
     date = date or datetime.date.today()
     made = format_of(rows.messages, tokenizer, settings, date)
@@ -121,7 +121,7 @@ def tokenize(
         common = _same((ids, labels), common or (ids, labels))
         lengths.append(len(ids))
         largest = max(largest, *ids)
-        trained += len(labels) - labels.count(IGNORED)
+        trained += len(labels) - labels.count(IGNORE_INDEX)
         digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
     assert common is not None
     return Tokens(
@@ -193,14 +193,14 @@ class Encoder:
         ids, offsets = ids[: self.limit - 1], offsets[: self.limit - 1]
         rewritten = self._held(text, ids, ended, cut)
         trained = [not self.response or _within(span, text.answers) for span in offsets]
-        labels = [token if use else IGNORED for token, use in zip(ids, trained, strict=True)]
+        labels = [token if use else IGNORE_INDEX for token, use in zip(ids, trained, strict=True)]
         if not any(trained):
             raise BadRow(
                 f"has nothing left to train on, since its prompt alone is as long as MAX_SEQ_LENGTH={self.limit}; raise that, for "
                 f"example MAX_SEQ_LENGTH={2 * self.limit}"
             )
         # no end of an answer is trained where what was cut is a question
-        last = eos if not cut or trained[-1] else IGNORED
+        last = eos if not cut or trained[-1] else IGNORE_INDEX
         return dict(
             input_ids=[*ids, eos], labels=[*labels, last], truncated=cut, marked=text.marked, literal=bool(text.literal),
             rewritten=rewritten,

@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune import console
-from finetune.errors import PreflightError, SettingsError, first_line
+from finetune.errors import MachineError, SettingsError, first_line
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -262,14 +262,14 @@ def loading(
 
     variable: which setting the folder comes from.
 
-    A PreflightError where the GPU's memory does not hold the weights.
+    A MachineError where the GPU's memory does not hold the weights.
     """
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise PreflightError(
+        raise MachineError(
             f"{variable}={source.name}: its weights do not fit the GPU's memory ({str(error).partition('. ')[0]}); take a smaller "
             "model, or a GPU on which nothing else runs"
         ) from None
@@ -283,13 +283,13 @@ def loading(
 def memory_told(
     remedy: str = "plan for less, for example MAX_MEMORY=12; the same command goes on from the last checkpoint",
 ) -> Iterator[None]:
-    """GPU memory that runs out where nothing can be halved (an answer, the optimizer, the merge), as a PreflightError."""
+    """GPU memory that runs out where nothing can be halved (an answer, the optimizer, the merge), as a MachineError."""
     try:
         yield
     except RuntimeError as error:  # what torch's own is; importing torch to look would cost a refused run a second
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        raise PreflightError(
+        raise MachineError(
             f"out of GPU memory ({str(error).partition('. ')[0]}). Where another program uses this GPU, end it, or {remedy}."
         ) from None
 

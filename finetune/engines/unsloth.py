@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from finetune import engines
-from finetune.errors import PreflightError
+from finetune.errors import MachineError
 from finetune.settings import Settings
 from finetune.sources.hub import Source
 
@@ -21,11 +21,11 @@ KEEPS_INPUTS = False  # its checkpointing moves them to the host's memory
 
 
 def prepare(settings: Settings) -> None:
-    """Import unsloth before trl and transformers, which it patches (unsloth #2797). Raises PreflightError where it cannot start."""
+    """Import unsloth before trl and transformers, which it patches (unsloth #2797). Raises MachineError where it cannot start."""
     try:
         import unsloth  # noqa: F401
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        raise PreflightError(
+        raise MachineError(
             f"ENGINE=unsloth: unsloth does not start here ({error}). Check that `nvidia-smi` and torch see the GPU, or set "
             "ENGINE=transformers."
         ) from None

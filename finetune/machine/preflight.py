@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import PreflightError, SettingsError
+from finetune.errors import MachineError, SettingsError
 from finetune.settings import Settings
 
 CPU_PARAMETERS = 500_000_000  # ENGINE=auto trains nothing larger without a GPU: 135M already makes 45 tokens/s
@@ -84,7 +84,7 @@ def cuda_version() -> tuple[int, int]:
 def parameters(model_name: str) -> int | None:
     """Parameters of a model folder, counted in its safetensors headers, or as a Hub name states them; None: unknown.
 
-    Raises PreflightError where one of the folder's files is damaged or closed.
+    Raises MachineError where one of the folder's files is damaged or closed.
     """
     folder = Path(model_name)
     if folder.is_dir():
@@ -127,7 +127,7 @@ def weight_files(folder: Path) -> list[str]:
 def safetensors_header(file: Path, *, whole: bool = False) -> dict[str, dict[str, Any]]:
     """dtype, shape and data_offsets of each tensor in a safetensors file.
 
-    whole: the tensors must be there too. Raises PreflightError where the file is damaged or closed.
+    whole: the tensors must be there too. Raises MachineError where the file is damaged or closed.
     """
     try:
         with open(file, "rb") as stream:
@@ -143,7 +143,7 @@ def safetensors_header(file: Path, *, whole: bool = False) -> dict[str, dict[str
             return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         problem = denied(file) or f"{file}: not a whole safetensors file; download or copy the model again"
-        raise PreflightError(problem) from None
+        raise MachineError(problem) from None
 
 
 def data_bytes(header: Mapping[str, Mapping[str, Any]]) -> int:
@@ -154,18 +154,18 @@ def data_bytes(header: Mapping[str, Mapping[str, Any]]) -> int:
 def check(
     settings: Settings, visible: list[Gpu], environ: Mapping[str, str], *, missing: Iterable[str] = (), count: int | None = None
 ) -> list[str]:  # fmt: skip
-    """Lines that tell what was found. Raises PreflightError with every problem and its remedy.
+    """Lines that tell what was found. Raises MachineError with every problem and its remedy.
 
     missing: what is wrong with files that settings name, in sentences; with them it is a SettingsError. count: parameters of the
     model, where they are known better than from its name.
     """
     temporary()
     if closed := list(_closed(settings)):
-        raise PreflightError(*closed)  # nothing more can be said of a model that cannot be read
+        raise MachineError(*closed)  # nothing more can be said of a model that cannot be read
     missing, damaged = list(missing), list[str]()
     try:
         count = count or parameters(settings.model_name)
-    except PreflightError as error:
+    except MachineError as error:
         damaged = [*error.problems]
     problems = [
         *missing,
@@ -176,7 +176,7 @@ def check(
         *_disk(settings, environ, count),
     ]
     if problems:
-        raise (SettingsError if missing else PreflightError)(*problems)
+        raise (SettingsError if missing else MachineError)(*problems)
     lines = [f"GPU: {g.name}, {g.memory / 1024:.0f} GiB, driver {g.driver}" for g in visible] or ["GPU: none visible"]
     if len(visible) > 1:
         lines.append("GPU: only the first is used; CUDA_VISIBLE_DEVICES chooses another")
@@ -187,11 +187,11 @@ def check(
 
 
 def temporary() -> str:
-    """The folder for temporary files. Raises PreflightError where there is none: tokenizing and compiling need one."""
+    """The folder for temporary files. Raises MachineError where there is none: tokenizing and compiling need one."""
     try:
         return tempfile.gettempdir()
     except FileNotFoundError:
-        raise PreflightError(
+        raise MachineError(
             f"TMPDIR={os.environ.get('TMPDIR', '')}: no folder for temporary files can be written, neither there nor in /tmp. "
             "Give one, for example TMPDIR=/outputs, or with docker run --read-only add --tmpfs /tmp:exec"
         ) from None

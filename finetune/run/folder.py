@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import files
-from finetune.errors import PreflightError, SettingsError
+from finetune.errors import MachineError, SettingsError
 from finetune.machine import preflight
 from finetune.run import records
 from finetune.run.report import below, versions
@@ -27,7 +27,7 @@ ENDINGS = ("", ".partial", ".old")
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """`output` for this process alone, for a while. Raises PreflightError where another run is writing there.
+    """`output` for this process alone, for a while. Raises MachineError where another run is writing there.
 
     Two runs in one folder take each other's checkpoints for their own. A file system that knows no locks is not asked twice.
     """
@@ -44,7 +44,7 @@ def locked(output: Path) -> Iterator[None]:
     try:
         fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise PreflightError(
+        raise MachineError(
             f"OUTPUT_DIR={output}: another run is writing there. Wait until it has ended, or give another folder, for example "
             f"OUTPUT_DIR={output}-2"
         ) from None
@@ -122,7 +122,7 @@ def identity(settings: Settings, decides: Mapping[str, Any]) -> dict[str, Any]:
 def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None:
     """Make `output` this run's. With OVERWRITE the old run goes now, when all that can refuse the new one has been asked.
 
-    A kill at any moment leaves either the old run whole or the new one begun, once `_settle` was there. Raises PreflightError
+    A kill at any moment leaves either the old run whole or the new one begun, once `_settle` was there. Raises MachineError
     where something of the old run cannot be moved, with the old run as it was.
     """
     if not settings.overwrite:
@@ -170,21 +170,21 @@ def _settle(output: Path) -> None:
     try:
         files.remove(aside)
     except OSError as error:
-        raise PreflightError(
+        raise MachineError(
             f"{error.filename}: is of the run that was replaced, and cannot be removed ({error.strerror}). Unmount it or "
             f"remove {aside} yourself, and start again with the same settings."
         ) from None
 
 
 def _move(path: Path, to: Path) -> None:
-    """Rename within the folder. Raises PreflightError for what cannot be, such as a mount point."""
+    """Rename within the folder. Raises MachineError for what cannot be, such as a mount point."""
     try:
         os.rename(path, to)
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST):
             raise
         output = to.parent if path.parent.name == ASIDE else path.parent
-        raise PreflightError(
+        raise MachineError(
             f"{path}: cannot be moved to {to} ({error.strerror}), so no run can take the place of the old one, which stays. Give "
             f"another folder, for example OUTPUT_DIR={output}-2, or unmount {path.name} if it is a mount point"
         ) from None
@@ -239,7 +239,7 @@ def _ways(path: Path) -> set[str]:
 def finished(output: Path) -> dict[str, Any]:
     """The record of the complete run in `output`.
 
-    Raises SettingsError where there is none, or it is damaged, PreflightError that names each file of it that may not be read.
+    Raises SettingsError where there is none, or it is damaged, MachineError that names each file of it that may not be read.
     """
     if os.path.lexists(output / ASIDE):
         with locked(output):
@@ -251,7 +251,7 @@ def finished(output: Path) -> dict[str, Any]:
             f"OUTPUT_DIR={output}: holds no finished run (no run.json); train first, or give the folder of a run"
         ) from None
     if closed := [problem for name in sorted(record["files"]) if (problem := preflight.denied(output / name))]:
-        raise PreflightError(*closed)
+        raise MachineError(*closed)
     return record
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import blobs, files
-from finetune.errors import HubError, PreflightError, SettingsError, first_line, without_password
+from finetune.errors import HubError, MachineError, SettingsError, first_line, without_password
 from finetune.machine.preflight import INDEX as INDEX
 from finetune.machine.preflight import safetensors_header
 from finetune.machine.preflight import weight_files as weight_files
@@ -27,7 +27,7 @@ from finetune.settings import Settings
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-IGNORED = ["*/*", "consolidated*"]  # other forms of the same weights
+EXCLUDED = ["*/*", "consolidated*"]  # other forms of the same weights
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
@@ -109,7 +109,7 @@ class Source:
             if name.endswith(".safetensors"):
                 try:
                     safetensors_header(self.folder / name, whole=True)
-                except PreflightError:
+                except MachineError:
                     self.checked([name])
                     raise
 
@@ -210,9 +210,9 @@ def _fetched(settings: Settings) -> Source:
         source.checked(["config.json"])
         if problem := quantised(source):  # 40 GB before it could be refused would be too late
             raise SettingsError(problem)
-        found = Path(snapshot_download(**asked, allow_patterns=[*WEIGHTS, *TEXTS], ignore_patterns=IGNORED))
+        found = Path(snapshot_download(**asked, allow_patterns=[*WEIGHTS, *TEXTS], ignore_patterns=EXCLUDED))
         if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(**asked, allow_patterns=[*OLD_WEIGHTS, *TEXTS], ignore_patterns=IGNORED))
+            found = Path(snapshot_download(**asked, allow_patterns=[*OLD_WEIGHTS, *TEXTS], ignore_patterns=EXCLUDED))
     if not any(found.glob("*.safetensors")) and not any(found.glob("pytorch_model*.bin")):
         raise SettingsError(
             f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)"
@@ -317,7 +317,7 @@ def cached(name: str, commit: str | None) -> Source | None:
 
 @contextlib.contextmanager
 def explained(variable: str, settings: Settings) -> Iterator[None]:
-    """Turn the client's exceptions into sentences that name the variable and the way out: SettingsError, HubError, PreflightError."""
+    """Turn the client's exceptions into sentences that name the variable and the way out: SettingsError, HubError, MachineError."""
     import httpx
     from huggingface_hub import constants, errors
 
@@ -382,7 +382,7 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
         ) from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise PreflightError(f"{shown}: the disk is full; free some or point HF_HOME to a larger one") from None
+            raise MachineError(f"{shown}: the disk is full; free some or point HF_HOME to a larger one") from None
         raise
 
 
@@ -438,7 +438,7 @@ def _patiently(call: Callable[[], Any]) -> Any:
 def _goes_on(settings: Settings) -> Iterator[None]:
     try:
         yield
-    except (HubError, SettingsError, PreflightError) as error:
+    except (HubError, SettingsError, MachineError) as error:
         raise HubError(
             *error.problems,
             f"Everything is still in {settings.output_dir}. To publish it: python entrypoint.py push "

@@ -69,7 +69,7 @@ def fit(
     recorded: a run.json whose plan is followed: other pieces round differently.
 
     Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Refusal where the loss is no longer a number,
-    PreflightError where a single row does not fit the memory.
+    MachineError where a single row does not fit the memory.
     """
     import torch
 

@@ -72,7 +72,7 @@ class Plan:
     """How one update is computed. recomputed: layers whose activations are recomputed, of `layers`.
 
     embedding_on_host: whether the input embedding waits in the host's memory, and only the rows of a piece come over.
-    widened: whether the 4-bit weights are kept in 16 bits too, in which they are multiplied.
+    dequantized: whether the 4-bit weights are kept in 16 bits too, in which they are multiplied.
     cost: the `Cost` that the forecasts were worked out from.
     """
 
@@ -82,7 +82,7 @@ class Plan:
     layers: int
     reason: str
     embedding_on_host: bool = False
-    widened: bool = False
+    dequantized: bool = False
     tokens: int = 0
     limit_gib: float | None = None
     forecast_gib: float | None = None
@@ -102,7 +102,11 @@ class Plan:
         """One line for the console."""
         some = f" ({self.recomputed} of {self.layers} layers)" if self.checkpointing == "selective" else ""
         place = (
-            ", embedding on the host" if self.embedding_on_host else ", weights widened once" if self.widened else ""
+            ", embedding on the host"
+            if self.embedding_on_host
+            else ", weights dequantized once"
+            if self.dequantized
+            else ""
         )
         memory = f", {self.forecast_gib:.1f} GiB expected" if self.forecast_gib else ""
         return f"{self.micro_batch} x {self.accumulation}, checkpointing {self.checkpointing}{some}{place}{memory}; {self.reason}"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_UPDATES = 2000  # whose lengths are looked at; a longer run has its way out when memory runs out after all
 MOST_TOKENS = 1024  # of the passes that are measured
-ROOM_TO_WIDEN = (
+ROOM_TO_DEQUANTIZE = (
     4  # times what 16-bit copies of the weights take; with less there is no room for whole updates beside them
 )
 OPTIMIZER_BYTES = {
@@ -70,7 +70,7 @@ class Planner:
         """What the user set, and on a GPU the rest as it fits the memory."""
         if self.limit is None:
             return self._as_set("as set")
-        return self._placed(self._widened() or self._narrow())
+        return self._placed(self._dequantized() or self._narrow())
 
     def follow(self, recorded: plan.Plan) -> plan.Plan:
         """A plan made before, with nothing measured.
@@ -91,26 +91,29 @@ class Planner:
         """The model placed as a plan says, and the plan as far as that can be."""
         packed = self.trainer.packed
         if not packed:
-            return dataclasses.replace(chosen, embedding_on_host=False, widened=False)
+            return dataclasses.replace(chosen, embedding_on_host=False, dequantized=False)
         packed.place_embedding(self.model, chosen.embedding_on_host)
-        return dataclasses.replace(chosen, widened=packed.widen(self.model, chosen.widened))
+        return dataclasses.replace(chosen, dequantized=packed.dequantize(self.model, chosen.dequantized))
 
-    def _widened(self) -> plan.Plan | None:
-        """The plan with the weights widened, where whole updates without recomputing fit beside them."""
+    def _dequantized(self) -> plan.Plan | None:
+        """The plan with the weights dequantized, where whole updates without recomputing fit beside them."""
         import torch
 
         packed, model, limit = self.trainer.packed, self.model, self.limit
         assert limit is not None
-        if not packed or not 0 < ROOM_TO_WIDEN * packed.wide_bytes(model) < limit - torch.cuda.memory_allocated():
+        if (
+            not packed
+            or not 0 < ROOM_TO_DEQUANTIZE * packed.dequantized_bytes(model) < limit - torch.cuda.memory_allocated()
+        ):
             return None
-        cost = self._measured() if packed.widen(model, True) else None
-        packed.widen(model, False)
+        cost = self._measured() if packed.dequantize(model, True) else None
+        packed.dequantize(model, False)
         if cost is None:
             return None
         found = self._chosen(cost)
         whole = found.accumulation == 1 and found.recomputed == 0
         fits = cost.peak(found.tokens, found.recomputed) <= plan.usable(limit)
-        return dataclasses.replace(found, widened=True) if whole and fits else None
+        return dataclasses.replace(found, dequantized=True) if whole and fits else None
 
     def _narrow(self) -> plan.Plan:
         """The plan with the weights in 4 bits alone, and the embedding moved away where that helps."""

@@ -21,8 +21,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from finetune import console, files
-from finetune.data import IGNORED
-from finetune.errors import PreflightError, Refusal
+from finetune.data import IGNORE_INDEX
+from finetune.errors import MachineError, Refusal
 from finetune.training import checkpoints
 from finetune.training.plan import Plan, pieces
 
@@ -141,7 +141,7 @@ class OurTrainer(SFTTrainer):
 
     def _update(self, model: Any, rows: list[Row]) -> Any:
         count = torch.tensor(
-            sum(label != IGNORED for row in rows for label in row["labels"][1:]), device=self.args.device
+            sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:]), device=self.args.device
         )
         losses = [self.piece(model, piece, count) for piece in pieces(rows, self.plan.micro_batch)]
         return torch.stack(losses).sum()
@@ -179,21 +179,21 @@ class OurTrainer(SFTTrainer):
     def _smaller(self, message: str) -> Plan:
         """The next smaller plan: weights in 4 bits alone, else half the micro-batch, else all layers recomputed.
 
-        message: the allocator's. Raises PreflightError where a single row does not fit even so.
+        message: the allocator's. Raises MachineError where a single row does not fit even so.
         """
         # What was forecast was forecast for other pieces.
         before = dataclasses.replace(self.plan, tokens=0, forecast_gib=None, forecast_step_s=None, cost=None)
         again = f"out of GPU memory: update {self.state.global_step + 1} is repeated"
-        if self.packed and before.widened:
+        if self.packed and before.dequantized:
             print(f"{again} with the weights in 4 bits alone", flush=True)
-            self.packed.widen(self.model, False)
-            return dataclasses.replace(before, widened=False, reason="weights not widened: out of GPU memory")
+            self.packed.dequantize(self.model, False)
+            return dataclasses.replace(before, dequantized=False, reason="weights not dequantized: out of GPU memory")
         if before.micro_batch == 1 and before.recomputed < before.layers and self.may_recompute:
             print(f"{again} with the activations of all layers recomputed", flush=True)
             self.recompute(before.layers)
             return dataclasses.replace(before, recomputed=before.layers, reason="recomputed: out of GPU memory")
         if before.micro_batch == 1:
-            raise PreflightError(
+            raise MachineError(
                 f"out of GPU memory with one row at a time ({message}). Lower MAX_SEQ_LENGTH, for example "
                 f"MAX_SEQ_LENGTH={self.args.max_length // 2}, lower LORA_R, or set GRADIENT_CHECKPOINTING=true."
             )
@@ -291,7 +291,8 @@ def _loss_of_logits(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
     words = outputs.logits.shape[-1]
     logits, following = outputs.logits[:, :-1].reshape(-1, words).float(), labels[:, 1:].reshape(-1)
     return (
-        torch.nn.functional.cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum") / num_items_in_batch
+        torch.nn.functional.cross_entropy(logits, following, ignore_index=IGNORE_INDEX, reduction="sum")
+        / num_items_in_batch
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune import data, files
 from finetune import environment as libraries
-from finetune.errors import HubError, PreflightError, Refusal, SettingsError
+from finetune.errors import HubError, MachineError, Refusal, SettingsError
 from finetune.settings import Settings
 from finetune.sources import hub
 
@@ -18,7 +18,7 @@ from finetune.sources import hub
 def lock(settings: Settings, environ: Mapping[str, str], path: Path) -> Iterator[str]:
     """Resolve both revisions and write them into the env file at `path`; lines that say what was done.
 
-    Raises HubError, or SettingsError for a name that the Hub does not know, before anything is written; PreflightError where
+    Raises HubError, or SettingsError for a name that the Hub does not know, before anything is written; MachineError where
     `path` cannot be written.
     """
     found, refusals = {}, list[Refusal]()
@@ -90,7 +90,7 @@ def write(path: Path, values: Mapping[str, str]) -> None:
         mode = place.stat().st_mode & 0o777 if place.is_file() else 0o600  # secrets may stand in it
         files.write_bytes(place, "".join(lines).encode(), mode)
     except (OSError, UnicodeDecodeError) as error:
-        raise PreflightError(
+        raise MachineError(
             f"{path}: cannot be written ({getattr(error, 'strerror', None) or 'not UTF-8'}); call this from a folder where it can, "
             f"or set {' '.join(f'{name}={value}' for name, value in values.items())} yourself"
         ) from None

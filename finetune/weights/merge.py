@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from finetune import files
-from finetune.errors import MergeError, PreflightError, SettingsError
+from finetune.errors import MachineError, MergeError, SettingsError
 from finetune.machine.preflight import data_bytes, safetensors_header
 from finetune.sources.hub import INDEX, PROCESSOR_FILES, TOKENIZER_FILES, Source, weight_files
 from finetune.weights.shards import CODES, Adapter, Base, Shard
@@ -96,7 +96,7 @@ def merge(
 
     device: where the sums are made; the bytes are the same on each. words: as for `save_adapter`.
 
-    Raises MergeError where a tensor is not what it must be, PreflightError where the disk is full.
+    Raises MergeError where a tensor is not what it must be, MachineError where the disk is full.
     """
     began = time.perf_counter()
     base = Base(source.folder)
@@ -114,7 +114,7 @@ def merge(
     except BaseException as error:  # whatever ends it: no half a model stays on the disk
         files.remove(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise PreflightError(
+            raise MachineError(
                 f"{output}: the disk is full, the merge needs {base.size / 1e9:.1f} GB. The adapter and the checkpoint are "
                 "kept: free some space and start again with the same settings, or set SAVE_MERGED=0."
             ) from None

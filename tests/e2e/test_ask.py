@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from conftest import call, train
-from finetune.errors import PreflightError
+from finetune.errors import MachineError
 from finetune.inference import answer
 from finetune.settings import Settings
 
@@ -92,8 +92,8 @@ def test_a_full_gpu_is_a_sentence(original: Path, run: Path, monkeypatch: pytest
     settings = Settings.from_env({"OUTPUT_DIR": str(run), "MODEL_NAME": str(original / "moved")})
     with monkeypatch.context() as patched:
         patched.setattr(AutoModelForCausalLM, "from_pretrained", full)
-        with pytest.raises(PreflightError, match="its weights do not fit the GPU's memory"):
+        with pytest.raises(MachineError, match="its weights do not fit the GPU's memory"):
             answer.ask("What is it?", settings)
     monkeypatch.setattr(answer, "answer", full)
-    with pytest.raises(PreflightError, match=r"out of GPU memory .*MAX_NEW_TOKENS=200\.$"):
+    with pytest.raises(MachineError, match=r"out of GPU memory .*MAX_NEW_TOKENS=200\.$"):
         answer.ask("What is it?", settings)

@@ -84,4 +84,4 @@ def test_it_is_an_operator_as_torch_wants_it(kind: str, device: str) -> None:
     parts = adapted._parts(module.base_layer.weight)
     torch.library.opcheck(torch.ops.finetune.adapted_linear.default, (x, inner, up, *parts))
     if kind != "plain":
-        torch.library.opcheck(torch.ops.finetune.widened.default, (torch.bfloat16, *parts))
+        torch.library.opcheck(torch.ops.finetune.dequantized.default, (torch.bfloat16, *parts))

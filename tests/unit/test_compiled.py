@@ -71,7 +71,7 @@ def packed_run(
     device: str,
     on_host: bool = False,
     common: int = COMMON,
-    widened: bool = False,
+    dequantized: bool = False,
 ) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of one update in pieces of `size` rows."""
     from finetune.engines.compiled import path as compiled
@@ -81,7 +81,7 @@ def packed_run(
     model.zero_grad()
     with compiled.applied(model, len(some), 200, device, common) as packed:
         packed.place_embedding(model, on_host)
-        assert packed.widen(model, widened) == widened
+        assert packed.dequantize(model, dequantized) == dequantized
         for piece in plan.pieces(some, size):
             loss = packed.loss(model, packed.pack(piece), count)
             loss.backward()
@@ -259,9 +259,13 @@ def test_weights_widened_once_change_nothing(folder: Path, device: str) -> None:
     engines.settle_4bit(Settings.from_env({}), model)
     layers = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
     weights = [layer.weight for layer in layers]
-    assert compiled.Packed.wide_bytes(model) == 2 * sum(layer.in_features * layer.out_features for layer in layers) > 0
+    assert (
+        compiled.Packed.dequantized_bytes(model)
+        == 2 * sum(layer.in_features * layer.out_features for layer in layers)
+        > 0
+    )
     assert all(type(layer).__name__ == "Linear4bit" for layer in layers)
-    narrow, wide = (packed_run(model, rows(), 4, device, widened=widened) for widened in (False, True))
+    narrow, wide = (packed_run(model, rows(), 4, device, dequantized=dequantized) for dequantized in (False, True))
     assert narrow[0] == wide[0] and distance(wide[1], narrow[1]) == 0
     assert all(layer.weight is weight for layer, weight in zip(layers, weights, strict=True))
 

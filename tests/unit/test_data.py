@@ -236,7 +236,7 @@ def test_a_pad_that_the_model_does_not_know_is_not_used(tmp_path: Path) -> None:
 
 def test_the_response_alone(tmp_path: Path, words: Any) -> None:
     row = tokens(loaded(rows_file(tmp_path, [ROW])), words, TRAIN_ON="response").dataset[0]
-    trained = [token for token in row["labels"] if token != data.IGNORED]
+    trained = [token for token in row["labels"] if token != data.IGNORE_INDEX]
     assert words.decode(trained) == f"\nLet me think.\n</think>\nIt is this.{words.eos_token}"
 
 
@@ -251,9 +251,9 @@ def test_white_space_of_the_response_is_trained_on_where_a_tokenizer_trims_offse
     offsets = words("a  b", add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     assert any(start == end for start, end in offsets)
     row = tokens(rows, words, TRAIN_ON="response").dataset[0]
-    trained = [token for token in row["labels"] if token != data.IGNORED]
+    trained = [token for token in row["labels"] if token != data.IGNORE_INDEX]
     assert words.decode(trained) == "\nLet me think.\n</think>\ndef f():\n    return  発</s>"
-    assert row["labels"][0] == data.IGNORED and row["input_ids"][0] == words.bos_token_id
+    assert row["labels"][0] == data.IGNORE_INDEX and row["input_ids"][0] == words.bos_token_id
 
 
 def test_overlong_rows_are_cut_counted_and_still_end(tmp_path: Path, words: Any) -> None:
@@ -294,7 +294,7 @@ def test_a_template_of_ones_own(tmp_path: Path, words: Any) -> None:
     own = dict(PROMPT_TEMPLATE=tmp_path / "template.txt", PROMPT_COLUMNS="q", COMPLETION_COLUMNS="a")
     row = tokens(loaded(path, **own), words, **own, TRAIN_ON="response").dataset[0]
     assert words.decode(row["input_ids"], skip_special_tokens=True) == "Q: Why {}?\nA: Because."
-    assert words.decode([t for t in row["labels"] if t != data.IGNORED], skip_special_tokens=True) == " Because."
+    assert words.decode([t for t in row["labels"] if t != data.IGNORE_INDEX], skip_special_tokens=True) == " Because."
     (tmp_path / "template.txt").write_text("Q: {}\nA: {}\n", encoding="utf-8-sig")  # as editors on Windows do
     assert tokens(loaded(path, **own), words, **own, TRAIN_ON="response").dataset[0] == row
     with pytest.raises(SettingsError, match=r"2 places \{\} for 3 columns"):
@@ -320,7 +320,7 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, words: Any) -> No
     assert words.decode(row["input_ids"]) == str(words.apply_chat_template(CHAT, tokenize=False)).rstrip()
     assert row["labels"][-1] == row["input_ids"][-1] == words.eos_token_id
     only = tokens(rows, words, TRAIN_ON="response").dataset[0]
-    assert words.decode([t for t in only["labels"] if t != data.IGNORED]) == "Hi.<|im_end|>Farewell.<|im_end|>"
+    assert words.decode([t for t in only["labels"] if t != data.IGNORE_INDEX]) == "Hi.<|im_end|>Farewell.<|im_end|>"
 
 
 def test_a_template_that_asks_with_an_open_thought_has_answers_too(tmp_path: Path, words: Any) -> None:
@@ -332,7 +332,7 @@ def test_a_template_that_asks_with_an_open_thought_has_answers_too(tmp_path: Pat
         "{% if add_generation_prompt %}{{ '\nassistant:<think>\n' }}{% endif %}"
     )
     only = tokens(loaded(rows_file(tmp_path, [{"messages": CHAT}])), asks, TRAIN_ON="response").dataset[0]
-    trained = asks.decode([t for t in only["labels"] if t != data.IGNORED])
+    trained = asks.decode([t for t in only["labels"] if t != data.IGNORE_INDEX])
     assert trained == f"Hi.{asks.eos_token}Farewell.{asks.eos_token}"
     thinks = [*CHAT[:-1], {"role": "assistant", "content": "<think>\nHm.\n</think>Farewell."}]
     with pytest.raises(SettingsError, match="leaves out what stands before </think> of message 5"):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from finetune import engines
 from finetune.engines import plain as engine
-from finetune.errors import PreflightError, SettingsError
+from finetune.errors import MachineError, SettingsError
 from finetune.machine import preflight
 from finetune.settings import Settings
 from finetune.sources import hub
@@ -86,7 +86,7 @@ def test_a_file_that_ends_early_is_found_before_anything_is_loaded(broken: Calla
     source = broken()
     file = source.folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(PreflightError, match="not a whole safetensors file"):
+    with pytest.raises(MachineError, match="not a whole safetensors file"):
         preflight.parameters(source.name)
 
 
@@ -307,7 +307,7 @@ def test_an_adapter_beside_the_model_is_refused(broken: Callable[..., hub.Source
 
 def test_memory_that_runs_out_where_nothing_can_be_halved_is_no_bug() -> None:
     with (
-        pytest.raises(PreflightError, match=r"out of GPU memory \(CUDA out of memory\)\. .*MAX_MEMORY=12"),
+        pytest.raises(MachineError, match=r"out of GPU memory \(CUDA out of memory\)\. .*MAX_MEMORY=12"),
         engines.memory_told(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

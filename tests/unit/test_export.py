@@ -20,7 +20,7 @@ import short_run
 import tiny
 from conftest import environment
 from finetune import files
-from finetune.errors import MergeError, PreflightError, SettingsError
+from finetune.errors import MachineError, MergeError, SettingsError
 from finetune.run import report
 from finetune.sources.hub import Source
 from finetune.weights import merge as export
@@ -184,13 +184,13 @@ def test_float32_tensors_of_a_16_bit_base_keep_type_and_bytes(tmp_path: Path, ki
     options, ends = FLOAT32[kind]
     folder = tiny.model(tmp_path / "base", kind, **options)
 
-    def widen(values: dict[str, torch.Tensor]) -> None:
+    def dequantize(values: dict[str, torch.Tensor]) -> None:
         torch.manual_seed(2)
         for name in (name for name in values if name.endswith(ends)):
             # near 1, where bfloat16 is 0.008 apart: 16 biases would become one or two
             values[name] = 1 + 0.004 * torch.randn(values[name].shape) if values[name].dim() == 1 else values[name].float() * 1.001  # fmt: skip
 
-    base = rewritten(folder, widen)
+    base = rewritten(folder, dequantize)
     model = adapted(folder, tmp_path, target_modules=["o_proj", "q_a_proj"])
     done = export.merge(Source("base", None, folder), tmp_path)
     merged, targets = tensors(tmp_path / "merged"), weights.Adapter(tmp_path / "adapter").locate(weights.Base(folder))
@@ -471,7 +471,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fdatasync", full)
-    with pytest.raises(PreflightError, match="the disk is full, the merge needs"):
+    with pytest.raises(MachineError, match="the disk is full, the merge needs"):
         export.merge(Source("base", None, folder), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

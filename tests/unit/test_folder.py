@@ -12,7 +12,7 @@ import pytest
 
 import conftest
 from finetune import files
-from finetune.errors import PreflightError, Refusal, SettingsError
+from finetune.errors import MachineError, Refusal, SettingsError
 from finetune.run import folder, recipe
 from finetune.settings import Settings
 
@@ -20,7 +20,7 @@ from finetune.settings import Settings
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with folder.locked(output):
-        with pytest.raises(PreflightError, match="another run is writing there"), folder.locked(output):
+        with pytest.raises(MachineError, match="another run is writing there"), folder.locked(output):
             pass
         assert output.is_dir()
     assert not output.exists()  # nothing came into it
@@ -199,7 +199,7 @@ def test_what_cannot_be_moved_is_named_and_the_old_run_stays(tmp_path: Path, mon
         real(path, to)
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(PreflightError, match=r"/merged: cannot be moved .*busy.* OUTPUT_DIR=.*unmount merged"):
+    with pytest.raises(MachineError, match=r"/merged: cannot be moved .*busy.* OUTPUT_DIR=.*unmount merged"):
         folder.claim(settings(tmp_path, OVERWRITE="1"), tmp_path, {})
     assert content(tmp_path) == old and not (tmp_path / folder.ASIDE).exists()
 

@@ -68,7 +68,7 @@ def tokens(folder: Path, tokenizer: Any, rows: list[Any], **values: Any) -> data
 
 def trained(made: data.Tokens, tokenizer: Any) -> str:
     row = made.dataset[0]
-    return str(tokenizer.decode([label for label in row["labels"] if label != data.IGNORED]))
+    return str(tokenizer.decode([label for label in row["labels"] if label != data.IGNORE_INDEX]))
 
 
 @pytest.mark.parametrize("name", ENDS)

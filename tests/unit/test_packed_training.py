@@ -124,30 +124,30 @@ def test_weights_are_widened_where_whole_updates_fit_beside_them(
 ) -> None:
     from finetune.training import plan, probe, trainer
 
-    widened: list[bool] = []
+    dequantized: list[bool] = []
     real = trainer.OurTrainer.piece
 
-    def widen(model: Any, on: bool) -> bool:
-        widened.append(on)
+    def dequantize(model: Any, on: bool) -> bool:
+        dequantized.append(on)
         return on
 
     def course(name: str, wide: int, kept: float) -> tuple[list[bool], train.Fit]:
         """How weights of `wide` bytes were placed on a card of 8 GiB, where a token and layer takes `kept` bytes."""
         nothing: Any = dict.fromkeys(("outside", "kept_recomputed", "work", "work_token", "loss", "loss_token"), 0)
         cost = plan.Cost(layers=2, fixed=plan.GIB, kept=kept, **nothing)
-        monkeypatch.setattr(compiled.Packed, "wide_bytes", staticmethod(lambda model: wide))
+        monkeypatch.setattr(compiled.Packed, "dequantized_bytes", staticmethod(lambda model: wide))
         monkeypatch.setattr(probe, "measure", lambda *args, **options: cost)
-        widened.clear()
+        dequantized.clear()
         choice = engines.Choice("transformers", "a test", compiled=True, deterministic=True)
-        return widened, fit(llama, tmp_path / name, choice)[0]
+        return dequantized, fit(llama, tmp_path / name, choice)[0]
 
     def piece(self: Any, *args: Any) -> Any:
-        if self.plan.widened and len(self.metrics) == 1:
+        if self.plan.dequantized and len(self.metrics) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return real(self, *args)
 
     monkeypatch.setattr(planning, "memory", lambda settings: 8.0 * plan.GIB)
-    monkeypatch.setattr(compiled.Packed, "widen", staticmethod(widen))
+    monkeypatch.setattr(compiled.Packed, "dequantize", staticmethod(dequantize))
     assert course("fits", plan.GIB, 1)[0] == [True, False, True]  # measured, and then placed as planned
     assert course("must-recompute", plan.GIB, 1e9)[0] == [True, False, False]
     assert course("too-large", 3 * plan.GIB, 1)[0] == [False]
@@ -155,4 +155,4 @@ def test_weights_are_widened_where_whole_updates_fit_beside_them(
     monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
     found, done = course("runs-out", plan.GIB, 1)
     assert found == [True, False, True, False]
-    assert (done.plan.widened, done.plan.micro_batch, len(done.metrics)) == (False, 4, 3)
+    assert (done.plan.dequantized, done.plan.micro_batch, len(done.metrics)) == (False, 4, 3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.environment import dotenv
-from finetune.errors import PreflightError
+from finetune.errors import MachineError
 from finetune.verbs import lock_inputs as pins
 
 SHA = "0123456789" * 4
@@ -42,6 +42,6 @@ def test_a_new_file_is_the_users_alone_and_a_link_stays_one(tmp_path: Path) -> N
 def test_what_cannot_be_written_is_said_with_the_values(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"A=\xff\n")
     for path in (tmp_path / ".env", tmp_path / "absent" / ".env"):
-        with pytest.raises(PreflightError, match=f"cannot be written .* MODEL_REVISION={SHA}"):
+        with pytest.raises(MachineError, match=f"cannot be written .* MODEL_REVISION={SHA}"):
             pins.write(path, {"MODEL_REVISION": SHA})
     assert (tmp_path / ".env").read_bytes() == b"A=\xff\n"

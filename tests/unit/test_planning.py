@@ -104,8 +104,8 @@ def test_rows_that_are_filled_up_are_measured_with_a_mask(longest: int, set_rows
 def test_a_followed_plan_is_compiled_for_the_same_sizes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = plan.Plan(8, 1, 0, 4, "recorded")
     monkeypatch.setattr(Packed, "place_embedding", lambda self, model, on_host: None)
-    monkeypatch.setattr(Packed, "widen", staticmethod(lambda model, on: on))
-    monkeypatch.setattr(Packed, "wide_bytes", staticmethod(lambda model: 0))
+    monkeypatch.setattr(Packed, "dequantize", staticmethod(lambda model, on: on))
+    monkeypatch.setattr(Packed, "dequantized_bytes", staticmethod(lambda model: 0))
     monkeypatch.setattr(Packed, "movable", staticmethod(lambda model: 0))
     monkeypatch.setattr(planning.Planner, "_chosen", lambda self, cost: recorded)
     monkeypatch.setattr(engine, "layers", lambda model: 4)
@@ -119,6 +119,6 @@ def test_a_followed_plan_is_compiled_for_the_same_sizes_first(monkeypatch: pytes
 
 
 def test_a_plan_of_another_machine_is_followed_as_far_as_that_can_be() -> None:
-    recorded = plan.Plan(8, 1, 0, 4, "recorded", embedding_on_host=True, widened=True)
+    recorded = plan.Plan(8, 1, 0, 4, "recorded", embedding_on_host=True, dequantized=True)
     found = planner(2048, 0, places=0, limit=None).follow(recorded)
-    assert (found.micro_batch, found.embedding_on_host, found.widened) == (8, False, False)
+    assert (found.micro_batch, found.embedding_on_host, found.dequantized) == (8, False, False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import PreflightError
+from finetune.errors import MachineError
 from finetune.machine import preflight
 from finetune.settings import Settings
 
@@ -62,7 +62,7 @@ def test_a_missing_compiler_is_named_before_anything_is_loaded(tmp_path: Path) -
         {"OUTPUT_DIR": str(tmp_path / "out"), "SAVE_MERGED": "0", "MODEL_NAME": "org/some-100M"}
     )
     bare = {**machine(tmp_path, H100), "PATH": str(tmp_path)}
-    with pytest.raises(PreflightError, match="No C compiler"):
+    with pytest.raises(MachineError, match="No C compiler"):
         preflight.check(settings, preflight.gpus(bare), bare)
     compiler = {**bare, "CC": "/usr/bin/gcc"}
     assert "GPU: NVIDIA H100 80GB HBM3" in preflight.check(settings, preflight.gpus(compiler), compiler)[0]
@@ -70,18 +70,18 @@ def test_a_missing_compiler_is_named_before_anything_is_loaded(tmp_path: Path) -
 
 def test_an_old_driver_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = H100.replace("580.159.04", "535.104.05")
-    with pytest.raises(PreflightError, match=r"535\.104\.05.*CUDA 13\.0.*580.*CUDA=12\.8.*make train"):
+    with pytest.raises(MachineError, match=r"535\.104\.05.*CUDA 13\.0.*580.*CUDA=12\.8.*make train"):
         checked(tmp_path, old, monkeypatch=monkeypatch)
     assert checked(tmp_path, old, cuda=(12, 8), monkeypatch=monkeypatch)
 
 
 def test_an_old_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PreflightError, match=r"Tesla V100.*7\.0"):
+    with pytest.raises(MachineError, match=r"Tesla V100.*7\.0"):
         checked(tmp_path, "0, GPU-cc, Tesla V100-SXM2-16GB, 16160, 16000, 580.1, 7.0", monkeypatch=monkeypatch)
 
 
 def test_bfloat16_on_a_t4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PreflightError, match="DTYPE"):
+    with pytest.raises(MachineError, match="DTYPE"):
         checked(tmp_path, T4.replace("1,", "0,", 1), monkeypatch=monkeypatch, DTYPE="bfloat16")
 
 
@@ -102,12 +102,12 @@ def test_parameters_counted_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
     assert preflight.parameters(str(tmp_path)) == 16
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 4)
-    with pytest.raises(PreflightError, match="not a whole safetensors file"):
+    with pytest.raises(MachineError, match="not a whole safetensors file"):
         preflight.parameters(str(tmp_path))
 
 
 def test_a_full_disk_is_found_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PreflightError, match=r"GB free, about .* needed"):
+    with pytest.raises(MachineError, match=r"GB free, about .* needed"):
         checked(tmp_path, H100, monkeypatch=monkeypatch, MODEL_NAME="org/huge-90000B", SAVE_MERGED="1")
 
 
@@ -149,7 +149,7 @@ def test_what_may_not_be_read_is_named_with_its_owner_and_the_way_out(closed: st
         (folder / closed).chmod(0)
         refused = subprocess.run(command, env=environ, capture_output=True, text=True)
         (folder / closed).chmod(0o700)
-    assert refused.returncode == PreflightError.code, refused.stderr
+    assert refused.returncode == MachineError.code, refused.stderr
     assert refused.stdout.startswith(f"{folder}/{closed}".replace("/data", "/data/rows.jsonl") if closed == "data" else f"{folder}/{closed}")  # fmt: skip
     uid = 12345 if os.getuid() == 0 else os.getuid()
     for text in (f"user {uid},", f"{folder}/{closed} belongs to user {os.getuid()} with mode 0000", f"chmod -R a+rX {folder}/{closed}", "--user"):  # fmt: skip
@@ -161,7 +161,7 @@ def test_no_temporary_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError
 
     monkeypatch.setattr(tempfile, "gettempdir", none)
-    with pytest.raises(PreflightError, match=r"TMPDIR=.*--tmpfs /tmp"):
+    with pytest.raises(MachineError, match=r"TMPDIR=.*--tmpfs /tmp"):
         preflight.check(Settings.from_env({}), [], {})
 
 

@@ -17,7 +17,7 @@ NESTED_BLOCK = 256  # absmax values that share a scale, with double quantisation
 
 _library = torch.library.Library("finetune", "DEF")
 _frozen = "Tensor weight, int[] shape, Tensor? absmax, int blocksize, str kind, Tensor? absmax_8bit, Tensor? code, Tensor? offset"
-_library.define(f"widened(ScalarType dtype, {_frozen}) -> Tensor")
+_library.define(f"dequantized(ScalarType dtype, {_frozen}) -> Tensor")
 _library.define(f"adapted_linear(Tensor x, Tensor inner, Tensor up, {_frozen}) -> Tensor")
 
 
@@ -32,11 +32,11 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return out if bias is None else out + bias
 
 
-def widen(layer: Any, on: bool) -> None:
+def dequantize(layer: Any, on: bool) -> None:
     """Keep a PEFT layer's frozen 4-bit weight in bfloat16 too, as it is multiplied, or no longer. The results are the same."""
     base = layer.base_layer
     if on and getattr(base.weight, "quant_state", None) is not None:
-        wide = _widened(torch.bfloat16, *_parts(base.weight))
+        wide = _dequantized(torch.bfloat16, *_parts(base.weight))
         base.__dict__["narrow"], base.weight = base.weight, torch.nn.Parameter(wide, requires_grad=False)
     elif not on and "narrow" in base.__dict__:
         base.weight = base.__dict__.pop("narrow")
@@ -56,7 +56,7 @@ def _parts(weight: Any) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _widened(
+def _dequantized(
     dtype: torch.dtype, weight: Tensor, shape: list[int], absmax: Tensor, blocksize: int, kind: str,
     absmax_8bit: Tensor | None, code: Tensor | None, offset: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -69,7 +69,7 @@ def _widened(
 
 
 def _adapted_linear(x: Tensor, inner: Tensor, up: Tensor, *frozen: Any) -> Tensor:
-    wide = frozen[0] if frozen[2] is None else _widened(x.dtype, *frozen)
+    wide = frozen[0] if frozen[2] is None else _dequantized(x.dtype, *frozen)
     out = inner.flatten(0, -2) @ up.t()
     out.addmm_(x.flatten(0, -2), wide.t())
     return out.view(*x.shape[:-1], len(wide))
@@ -83,14 +83,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inner, up, weight, absmax, absmax_8bit, code, offset = ctx.saved_tensors
     frozen = weight, ctx.shape, absmax, ctx.blocksize, ctx.kind, absmax_8bit, code, offset
-    wide = weight if absmax is None else torch.ops.finetune.widened(grad.dtype, *frozen)
+    wide = weight if absmax is None else torch.ops.finetune.dequantized(grad.dtype, *frozen)
     by_up = grad.flatten(0, -2).t() @ inner.flatten(0, -2)
     return grad @ wide, grad @ up, by_up, *[None] * len(frozen)
 
 
-_library.impl("widened", _widened, "CompositeExplicitAutograd")
+_library.impl("dequantized", _dequantized, "CompositeExplicitAutograd")
 _library.impl("adapted_linear", _adapted_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("finetune::widened", lambda dtype, weight, shape, *_: weight.new_empty(shape, dtype=dtype))
+torch.library.register_fake(
+    "finetune::dequantized", lambda dtype, weight, shape, *_: weight.new_empty(shape, dtype=dtype)
+)
 torch.library.register_fake(
     "finetune::adapted_linear", lambda x, inner, up, weight, shape, *rest: x.new_empty(*x.shape[:-1], shape[0])
 )

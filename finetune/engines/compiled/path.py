@@ -24,7 +24,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune import engines
-from finetune.data import IGNORED
+from finetune.data import IGNORE_INDEX
 from finetune.engines.compiled import lora_linear as adapted
 from finetune.engines.compiled import shared_prefix as beginning
 from finetune.files import sha256
@@ -81,7 +81,7 @@ def applied(
         model.config._attn_implementation = before
         rotary.remove()
         for module in linear:
-            adapted.widen(module, False)
+            adapted.dequantize(module, False)
             del module.forward
         for layer in decoder.layers:
             layer._compiled_call_impl = None
@@ -150,7 +150,7 @@ class Packed:
         positions = np.concatenate([np.arange(start, end) for _, start, end in parts])
         where = beginning.layout(sizes, shared, self.places)
         starts_of_others = where.ends[2 : len(rows) + 1]
-        weights = (labels != IGNORED).astype(np.int64)
+        weights = (labels != IGNORE_INDEX).astype(np.int64)
         weights[: shared + 1] *= len(rows)
         weights[[0, *starts_of_others]] = 0
         used = where if shared else where[:2]
@@ -188,22 +188,22 @@ class Packed:
         base.model.embed_tokens.to("cpu" if on_host else self.device)
 
     @staticmethod
-    def wide_bytes(model: PeftModel) -> int:
-        """Bytes on the GPU that `widen` takes: none where there are no 4-bit weights."""
+    def dequantized_bytes(model: PeftModel) -> int:
+        """Bytes on the GPU that `dequantize` takes: none where there are no 4-bit weights."""
         states = (getattr(module.base_layer.weight, "quant_state", None) for module in _linear(model))
         return sum(2 * math.prod(state.shape) for state in states if state is not None)
 
     @staticmethod
-    def widen(model: PeftModel, on: bool) -> bool:
+    def dequantize(model: PeftModel, on: bool) -> bool:
         """Keep the 4-bit weights in 16 bits too until `applied` ends, so that no update turns one into the other; or not.
 
         Returns whether they are kept so. Where the memory does not hold them they are not.
         """
         try:
             for module in _linear(model):
-                adapted.widen(module, on)
+                adapted.dequantize(module, on)
         except torch.OutOfMemoryError:
-            return Packed.widen(model, False)
+            return Packed.dequantize(model, False)
         return on
 
 
