@@ -89,6 +89,7 @@ def fit(
         metrics = json.loads((resume / "metrics.json").read_bytes())
         followed = json.loads((resume / "plan.json").read_bytes())
     recompute = functools.partial(engine.recompute, model, arguments)
+    model.train()  # every module: a fresh PeftModel says that it trains, and its base, just loaded, does not
     order = order_of(settings, tokens)
     with (
         stop.on_signals(),

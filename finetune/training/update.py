@@ -36,7 +36,6 @@ class Updates:
         An update that does not fit the memory is begun anew under a smaller plan: nothing is lost, and nothing counts twice.
         number: the update's, for messages. Raises MachineError where a single row does not fit.
         """
-        self.model.train()  # every module: a fresh PeftModel says that it trains, and its base, just loaded, does not
         while True:
             try:
                 return self._whole(rows, backward)
