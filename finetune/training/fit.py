@@ -92,7 +92,7 @@ def fit(
         engine.path(model, choice, settings.rows_per_update, tokens.longest, tokens.common) as packed,
     ):
         recompute = functools.partial(engine.recompute, model, trainer.args)
-        planned = "gradient_checkpointing" not in settings.given
+        planned = settings.recomputes is None
         trainer.begin(folder, settings.save_total_limit, packed, recompute, may_recompute=planned)
         if resume is not None:
             print(f"going on from {resume}", flush=True)

@@ -8,7 +8,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
-from finetune.settings import Settings
+from finetune.settings import MICRO_BATCH, Settings
 from finetune.training import plan
 
 if TYPE_CHECKING:
@@ -130,8 +130,9 @@ class Planner:
         return self._chosen(dataclasses.replace(cost, fixed=cost.fixed + on_host * movable, movable=movable))
 
     def _as_set(self, reason: str) -> plan.Plan:
+        size = self.settings.micro_batch or MICRO_BATCH
         return plan.Plan(
-            micro_batch=self.settings.per_device_train_batch_size, accumulation=self.settings.gradient_accumulation_steps,
+            micro_batch=size, accumulation=self.settings.rows_per_update // size,
             recomputed=self._recomputed(), layers=self.engine.layers(self.model), reason=reason,
         )  # fmt: skip
 
@@ -194,17 +195,12 @@ class Planner:
         return plan.choose(
             settings.rows_per_update, self.trainer.lengths(min(MOST_UPDATES, updates(settings, self.tokens))), cost,
             plan.usable(self.limit), padded=self.trainer.pads, shared=self._shared(),
-            micro_batch=self._rows_as_set(),
-            recomputed=self._recomputed() if "gradient_checkpointing" in settings.given else None,
+            micro_batch=settings.micro_batch,
+            recomputed=None if settings.recomputes is None else self._recomputed(),
         )  # fmt: skip
 
-    def _rows_as_set(self) -> int | None:
-        """Rows of a piece where the user set them."""
-        sized = self.settings.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
-        return self.settings.per_device_train_batch_size if sized else None
-
     def _most_rows(self) -> int:
-        return self._rows_as_set() or self.settings.rows_per_update
+        return self.settings.micro_batch or self.settings.rows_per_update
 
     def _shared(self) -> int:
         return self.trainer.packed.shared if self.trainer.packed else 0
