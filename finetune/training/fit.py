@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from finetune.data import Tokens
     from finetune.engines import Choice, Engine
-    from finetune.run.inputs import Record
+    from finetune.run.record import Record
     from finetune.training.trainer import OurTrainer
 
 
