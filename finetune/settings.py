@@ -345,7 +345,9 @@ class Declaration:
 
     def allowed(self) -> str:
         """What a value may be, in words."""
-        return f"auto, or {self._allowed()}" if self.planned else self._allowed()
+        if not self.planned:
+            return self._allowed()
+        return f"auto, {self._allowed()}" if self.kind is bool else f"auto, or {self._allowed()}"
 
     def _allowed(self) -> str:
         if self.kind is bool:
