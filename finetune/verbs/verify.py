@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from finetune.errors import OutputError, SettingsError
 from finetune.run import folder, inputs
-from finetune.run.record import same
+from finetune.run.record import Record, same
 from finetune.settings import Settings
 from finetune.weights import merge as export
 
@@ -28,17 +29,24 @@ def lines(settings: Settings) -> Iterator[str]:
     kept = {part for part in ("adapter", "merged") if (output / part).is_dir()}
     if not kept:
         return
+    try:
+        yield _weights(output, kept, record, settings)
+    except SettingsError as error:  # of a base that is the recorded one: so it is the output that does not fit
+        raise OutputError(*error.problems) from None
+
+
+def _weights(output: Path, kept: set[str], record: Record, settings: Settings) -> str:
+    """What was found of the weights, with the base where it is at hand."""
     if kept == {"adapter", "merged"}:
         base, why_not = inputs.base(record, settings)
         if base is not None:
             found = export.compare(base, output)
             targets = found.changed + found.rounded_away + found.unreached
-            yield (
+            return (
                 f"{output / 'merged'}: {targets} tensors are base + adapter, rounded once; the other "
                 f"{same(found.kept, found.rounded)}; all are finite"
             )
-            return
         missing = f"that merged is base + adapter: {why_not}"
     else:
-        missing = f"that merged is base + adapter: only {kept.pop()} was kept"
-    yield f"{output}: {export.structure(output)}. Not checked: {missing}"
+        missing = f"that merged is base + adapter: only {min(kept)} was kept"
+    return f"{output}: {export.structure(output)}. Not checked: {missing}"
