@@ -277,17 +277,22 @@ class Settings:
         return settings
 
     @property
+    def rows_of_a_pass(self) -> int:
+        """Rows of one forward pass where nothing is planned."""
+        size = self.per_device_train_batch_size
+        return MICRO_BATCH if size == "auto" else size
+
+    @property
     def rows_per_update(self) -> int:
         """Rows of one update: 2 x 4 as in the recipe, where a number does not say otherwise."""
-        size, passes = self.per_device_train_batch_size, self.gradient_accumulation_steps
-        return (MICRO_BATCH if size == "auto" else size) * (ACCUMULATION if passes == "auto" else passes)
+        passes = self.gradient_accumulation_steps
+        return self.rows_of_a_pass * (ACCUMULATION if passes == "auto" else passes)
 
     @property
     def micro_batch(self) -> int | None:
         """Rows of one forward pass; None: planned."""
-        if self.per_device_train_batch_size == "auto":
-            return None if self.gradient_accumulation_steps == "auto" else MICRO_BATCH
-        return self.per_device_train_batch_size
+        planned = self.per_device_train_batch_size == self.gradient_accumulation_steps == "auto"
+        return None if planned else self.rows_of_a_pass
 
     @property
     def recomputes(self) -> bool | None:

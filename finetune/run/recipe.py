@@ -17,7 +17,6 @@ from finetune.run import folder, inputs, provenance, report
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
 from finetune.sources import hub
-from finetune.training import fit as train
 from finetune.weights import merge as export
 from finetune.weights import shards as weights
 
@@ -93,7 +92,9 @@ def train_in(
     ask = answer.sample(engine, model, tokenizer, form.prompt(settings.sample_question), settings)
     before = ask("before")
     clock.mark("before_s")
-    console.phase("training", train.describe(settings, tokens))
+    from finetune.training import fit as train  # trl, which unsloth must be imported before
+
+    console.phase("training", train.describe(train.order_of(settings, tokens)))
     fit = train.fit(model, tokens, tokenizer, settings, choice, engine, output / "checkpoints", recorded)
     clock.mark("train_s")
     after = ask("after")
