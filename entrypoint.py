@@ -11,8 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import __version__, console
-from finetune import environment as libraries
+from finetune import __version__, console, environment
 from finetune.errors import Refusal, of_machine
 from finetune.settings import Settings
 from finetune.verbs import table
@@ -52,15 +51,15 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
 
 def settle(call: table.Call, environ: Mapping[str, str]) -> Settings:
     """The settings of a call. The libraries are told of theirs in the process's environment."""
-    layered, line = libraries.layers(libraries.dotenv(Path(".env")), environ), call.line
+    layered, line = environment.layers(environment.dotenv(Path(".env")), environ), call.line
     if call.verb.source == "record":
         from finetune.run import restore  # imports pydantic: not for `--help`
 
         layered, line = restore.restore(Path(call.word), layered, line)
-        for name in libraries.NUMERIC:
+        for name in environment.NUMERIC:
             os.environ.pop(name, None)
     settings = Settings.from_env(layered, line, publishes=call.verb.publishes)
-    os.environ.update(libraries.variables(settings, layered))
+    os.environ.update(environment.variables(settings, layered))
     console.hush()
     console.beat_in(Path(os.environ.get("FINETUNE_STATE_DIR") or "/tmp/finetune"), settings.health_timeout)
     return settings

@@ -78,7 +78,7 @@ def fit(
 
     recorded: a run.json whose plan is followed: other pieces round differently.
 
-    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Refusal where the loss is no longer a number,
+    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Diverged where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
     """
     arguments, stop, resume = _arguments(settings, folder), Stop(), checkpoints.newest(folder)

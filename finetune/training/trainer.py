@@ -112,7 +112,7 @@ class UpdateTrainer(Trainer):
     # What each update leaves
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Note an update. Raises Refusal where the loss is no longer a number."""
+        """Note an update. Raises Diverged where the loss is no longer a number."""
         if "loss" in logs and "grad_norm" in logs:
             self._note(logs)
         super().log(logs, start_time)
