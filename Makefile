@@ -28,10 +28,10 @@ help: ## this list
 	    printf '  %-18s %s\n' "$$target" "$$what"; done
 	@printf '\nAll settings, with their defaults: env.example. Environment: VENV=%s\n' "$$VENV"
 
-train: main ## fine-tune, verify, record; publish where PUSH_TO_HUB=1
+train: main ## fine-tune, verify, record; publish where PUSH_TO_HUB=1 (the default verb)
 	@$(PYTHON_RUN) entrypoint.py train
 
-push-hub: main ## publish what an earlier run left in OUTPUT_DIR
+push-hub: main ## publish what an earlier run left in OUTPUT_DIR; needs no GPU
 	@$(PYTHON_RUN) entrypoint.py push
 
 check: main ## look at settings, GPU, driver, memory and disk; downloads nothing
@@ -40,13 +40,13 @@ check: main ## look at settings, GPU, driver, memory and disk; downloads nothing
 smoke: main ## train a small real model on the CPU, in under 3 minutes, without a Hub
 	@$(PYTHON_RUN) scripts/smoke.py
 
-ask: main ## ask the trained model in OUTPUT_DIR: make ask Q="What does a raised troponin mean?"
+ask: main ## answer with the trained model in OUTPUT_DIR: make ask Q="What does a raised troponin mean?"
 	@$(PYTHON_RUN) entrypoint.py ask "$$Q"
 
-reproduce: main ## train again as a record says, and compare the bytes: make reproduce RUN=outputs/run.json
+reproduce: main ## train again as the record says, in a folder of its own, and compare the bytes: make reproduce RUN=outputs/run.json
 	@$(PYTHON_RUN) entrypoint.py reproduce "$${RUN:-}" $(TYPED)
 
-verify: main ## every file in OUTPUT_DIR against its run.json, and the merged weights against base + adapter
+verify: main ## check every file against run.json, and the merged weights against base + adapter; needs no GPU
 	@$(PYTHON_RUN) entrypoint.py verify
 
 lock-inputs: main ## write the commits that MODEL_REVISION and DATASET_REVISION name now into .env
@@ -65,7 +65,7 @@ lint: dev ## ruff, mypy, shellcheck, hadolint
 	@"$$VENV/bin/shellcheck" $(SCRIPTS)
 	@$(if $(wildcard docker/Dockerfile),"$$VENV/bin/hadolint" docker/Dockerfile)
 
-env-example: main ## write env.example and the README's table from the declared settings
+env-example: main ## write env.example, README's tables and run.schema.json from their declarations
 	@$(PYTHON_RUN) scripts/env_example.py
 
 lock: ## resolve the dependencies again (UPGRADE=1: newest versions)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import signal
@@ -10,27 +11,28 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import __version__
-from finetune import environment as libraries
+from finetune import __version__, console, environment
 from finetune.errors import Refusal, of_machine
-from finetune.settings import Settings, reference
-from finetune.verbs import table as command
+from finetune.settings import Settings
+from finetune.verbs import table
 
 
 def main(argv: list[str], environ: Mapping[str, str]) -> int:
     """Run one verb and return the exit code."""
-    verb = command.verb_of(argv)
+    verb = table.verb_of(argv)
     if verb in ("-h", "--help", "help", "--version"):
-        print(__version__ if verb == "--version" else command.USAGE)
+        print(__version__ if verb == "--version" else table.usage())
         return 0
-    if verb not in command.VERBS:
+    if verb not in table.VERBS:
         return execute(argv, environ)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letters is no reason to stop
     try:
-        run(command.parse(argv), environ)
+        call = table.parse(argv)
+        settings = None if call.verb.source == "none" else settle(call, environ)
+        importlib.import_module(call.verb.module).run(settings, os.environ, call.word)
         return 0
     except Refusal as refusal:
         code, problems = refusal.code, refusal.problems
@@ -47,22 +49,20 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
     return code
 
 
-def run(asked: command.Command, environ: Mapping[str, str]) -> None:
-    """Resolve the settings, tell the libraries, and call the verb's function."""
-    if asked.verb == "env":
-        return print(reference(), end="")
-    layered, line = libraries.layers(libraries.dotenv(Path(".env")), environ), asked.line
-    if asked.verb == "reproduce":
-        from finetune.verbs import reproduce
+def settle(call: table.Call, environ: Mapping[str, str]) -> Settings:
+    """The settings of a call. The libraries are told of theirs in the process's environment."""
+    layered, line = environment.layers(environment.dotenv(Path(".env")), environ), call.line
+    if call.verb.source == "record":
+        from finetune.run import restore  # imports pydantic: not for `--help`
 
-        layered, line = reproduce.restore(Path(asked.word or ""), layered, line)
-        for name in libraries.NUMERIC:
+        layered, line = restore.restore(Path(call.word), layered, line)
+        for name in environment.NUMERIC:
             os.environ.pop(name, None)
-    settings = Settings.from_env(layered, line)
-    os.environ.update(libraries.variables(settings, layered))
-    from finetune.verbs import calls as verbs
-
-    verbs.call(asked.verb, settings, os.environ, asked.word)
+    settings = Settings.from_env(layered, line, publishes=call.verb.publishes)
+    os.environ.update(environment.variables(settings, layered))
+    console.hush()
+    console.beat_in(Path(os.environ.get("FINETUNE_STATE_DIR") or "/tmp/finetune"), settings.health_timeout)
+    return settings
 
 
 def execute(argv: list[str], environ: Mapping[str, str]) -> int:
@@ -70,7 +70,7 @@ def execute(argv: list[str], environ: Mapping[str, str]) -> int:
     try:
         os.execvpe(argv[0], argv, dict(environ))
     except (OSError, ValueError) as error:  # ValueError: an empty word, as a variable without a value gives it
-        verbs = ", ".join(command.VERBS)
+        verbs = ", ".join(table.VERBS)
         why = error.strerror if isinstance(error, OSError) else "an empty word"
         print(f"error: {argv[0]}: neither a verb ({verbs}) nor a command ({why})", file=sys.stderr)
         return 127 if isinstance(error, (FileNotFoundError, ValueError)) else 126

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from finetune import files  # noqa: E402
 from finetune.machine import preflight  # noqa: E402
-from finetune.run import report  # noqa: E402
+from finetune.run import provenance  # noqa: E402
 
 SHAPES = (
     (64, 192, 256),
@@ -59,7 +59,7 @@ def main(words: list[str]) -> None:
     shapes = SHAPES if gpu else SHAPES[:3]
     found = dict(
         command="python3 benchmarks/adapter_rounding.py OUT.json", gpu=gpu.name if gpu else None, driver=gpu.driver if gpu else None,
-        versions=report.versions(), seen={" x ".join(map(str, shape)): seen(*shape, device) for shape in shapes},
+        versions=provenance.versions(), seen={" x ".join(map(str, shape)): seen(*shape, device) for shape in shapes},
     )  # fmt: skip
     if words:
         files.write_json(Path(words[0]), found)

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from finetune import files  # noqa: E402
-from finetune.run import report  # noqa: E402
+from finetune.run import provenance  # noqa: E402
 from finetune.sources.hub import Source  # noqa: E402
 from finetune.weights.shards import merge as export  # noqa: E402
 from scripts import bench  # noqa: E402
@@ -67,7 +67,7 @@ def main(out: Path, source: Path | None, workers: list[int]) -> None:
     found |= (
         bench.machine()
         if device == "cuda"
-        else dict(cpu=report.environment(None, {})["cpu"], versions=report.versions())
+        else dict(cpu=provenance.environment(None, {})["cpu"], versions=provenance.versions())
     )
     found |= dict(cores=len(os.sched_getaffinity(0)), copy_s=[], merge_s={str(count): [] for count in workers})
     with tempfile.TemporaryDirectory(dir=out.parent) as place:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from finetune import data, engines, files  # noqa: E402
 from finetune.engines import compiled  # noqa: E402
-from finetune.run import report  # noqa: E402
+from finetune.run import provenance  # noqa: E402
 from finetune.settings import Settings  # noqa: E402
 from finetune.sources import hub  # noqa: E402
 
@@ -125,7 +125,7 @@ def main(out: Path) -> None:
     losses = {kind: course(kind, folder, updates) for kind in ("untrained", "float32", "peft", "compiled")}
     exact = losses["float32"]
     found = dict(
-        command="python3 benchmarks/rounding.py OUT.json", cpu=report.environment(None, {})["cpu"], versions=report.versions(), losses=losses,
+        command="python3 benchmarks/rounding.py OUT.json", cpu=provenance.environment(None, {})["cpu"], versions=provenance.versions(), losses=losses,
         largest_distance_percent={
             kind: round(100 * max(abs(a - b) / b for a, b in zip(course, exact, strict=True)), 2) for kind, course in losses.items()
         },

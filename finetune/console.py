@@ -45,7 +45,7 @@ def beat(phase: str) -> None:
 
 
 def hush() -> None:
-    """Keep to themselves what libraries note, also while they are imported: what matters is said here, once. Their errors still raise."""
+    """Silence the libraries' notes, also while they are imported. What matters is said here, once; errors still raise."""
     warnings.filterwarnings("ignore")
     logging.captureWarnings(True)
     for name in ("py.warnings", "bitsandbytes", "peft", "trl", "accelerate", "torch", "huggingface_hub", "unsloth"):
@@ -53,7 +53,7 @@ def hush() -> None:
 
 
 def quiet() -> None:
-    """The same once they are imported, when they may have set their own levels; and no bars for loading a model."""
+    """The same again once they are imported, since they may set levels of their own then; and no bars while a model loads."""
     import datasets
     import transformers
 

@@ -23,14 +23,24 @@ ALWAYS = {
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizing processes are forked
     "TORCHINDUCTOR_COMPILE_THREADS": "4",  # a layer has some 20 kernels; a process for each core takes 3 s to end, on 16 cores
 }
-# What changes the numbers that come out: recorded in run.json, and for `reproduce` set to what stands there. The number of
-# threads changes them too, but is known as torch counts it (`cpu_threads`), whoever set it.
+# These change the numbers that come out: run.json records them, and `reproduce` sets them as recorded. The number of threads
+# changes them too; it is recorded as torch counts it (`cpu_threads`), whoever set it.
 NUMERIC = (
-    "ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
-    "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "UNSLOTH_COMPILE_DISABLE", "UNSLOTH_FORCE_FLOAT32",
-)  # fmt: skip
-# Where each goes below XDG_CACHE_HOME, unless it is set itself. The first two are for what has no variable here (wandb, the shell).
+    "ATEN_CPU_CAPABILITY",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "UNSLOTH_COMPILE_DISABLE",
+    "UNSLOTH_FORCE_FLOAT32",
+)
+# The place of each below XDG_CACHE_HOME, where it is not set itself. The first two serve programs without a variable here.
 CACHES = {
     "HOME": "",
     "XDG_CACHE_HOME": "",

@@ -12,9 +12,15 @@ CLOSED = "it belongs to somebody else, or is mounted read-only; run as its owner
 FILES = "raise the limit, for example ulimit -n 4096"
 # what a machine may refuse to any program that opens or writes a file, and the remedy
 REMEDIES = {
-    errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: "raise the limit (ulimit -f), or use a disk that takes larger files",
-    errno.EACCES: CLOSED, errno.EPERM: CLOSED, errno.EROFS: CLOSED, errno.EMFILE: FILES, errno.ENFILE: FILES,
-}  # fmt: skip
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: "raise the limit (ulimit -f), or use a disk that takes larger files",
+    errno.EACCES: CLOSED,
+    errno.EPERM: CLOSED,
+    errno.EROFS: CLOSED,
+    errno.EMFILE: FILES,
+    errno.ENFILE: FILES,
+}
 
 
 def of_machine(error: OSError) -> str | None:
@@ -52,6 +58,10 @@ class NotReproduced(Refusal):
     """A recorded run, made again, gave other weights."""
 
 
+class Diverged(Refusal):
+    """The loss, or the gradient, is no longer a number."""
+
+
 class SettingsError(Refusal):
     """A value, a name or a file that a setting points to is wrong."""
 
@@ -59,7 +69,7 @@ class SettingsError(Refusal):
 
 
 class MachineError(Refusal):
-    """The machine cannot do what was asked: no GPU, driver too old, no disk space, a folder that cannot be written."""
+    """The machine cannot do what was asked: no GPU, driver too old, memory or disk full, a folder that cannot be written."""
 
     code = 3
 
@@ -68,6 +78,12 @@ class HubError(Refusal):
     """The Hub, or the way to it, refused. Nothing on disk is lost."""
 
     code = 4
+
+
+class OutputError(Refusal):
+    """The output folder does not hold what a run wrote there: files are damaged, missing, or of something else."""
+
+    code = 5
 
 
 class MergeError(Refusal):

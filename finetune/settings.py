@@ -62,26 +62,54 @@ def setting(
     )
 
 
+MICRO_BATCH, ACCUMULATION = 2, 4  # of the recipe: an update has 8 rows
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The resolved settings of one run. `given` holds the names the user set; all others are defaults."""
+    """The resolved settings of one run. `auto` stays `auto` here and in run.json: the run decides where it uses the value."""
 
     # Model
-    model_name: str = setting("unsloth/DeepSeek-R1-Distill-Llama-8B", "Model to fine-tune: a Hub name or a folder, in 16 bits.")  # fmt: skip
+    model_name: str = setting(
+        "unsloth/DeepSeek-R1-Distill-Llama-8B", "Model to fine-tune: a Hub name or a folder, in 16 bits."
+    )
     model_revision: str = setting("main", "Branch, tag or commit of the model.", example="0123abc")
     max_seq_length: int = setting(2048, "Tokens a row may have; longer rows are cut and counted.", low=8)
     load_in_4bit: bool = setting(True, "Hold the frozen weights in 4 bits (NF4).")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting("auto", "Compute type; auto: bfloat16 where the GPU has it, else float16, and float32 on a CPU.")  # fmt: skip
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "Compute type; auto: bfloat16 where the GPU has it, else float16, and float32 on a CPU."
+    )
 
     # Data
-    dataset_name: str = setting("FreedomIntelligence/medical-o1-reasoning-SFT", "Rows to train on: a Hub data set, a .json, .jsonl, .csv or .parquet file, a folder of such files, or `samples` (bundled rows).")  # fmt: skip
-    dataset_config: str | None = setting("zh", "Configuration of the data set (samples: en, zh).", unless=("dataset_name", None))  # fmt: skip
-    dataset_split: str = setting("train[0:500]", "Split, with a slice if wanted: train, train[:100], train[10%:20%].", unless=("dataset_name", "train"))  # fmt: skip
+    dataset_name: str = setting(
+        "FreedomIntelligence/medical-o1-reasoning-SFT",
+        "Rows to train on: a Hub data set, a .json, .jsonl, .csv or .parquet file, a folder of such files, or "
+        "`samples` (bundled rows).",
+    )
+    dataset_config: str | None = setting(
+        "zh", "Configuration of the data set (samples: en, zh).", unless=("dataset_name", None)
+    )
+    dataset_split: str = setting(
+        "train[0:500]",
+        "Split, with a slice if wanted: train, train[:100], train[10%:20%].",
+        unless=("dataset_name", "train"),
+    )
     dataset_revision: str = setting("main", "Branch, tag or commit of the data set.", example="0123abc")
-    prompt_columns: tuple[str, ...] = setting(("Question",), "Columns that fill the first {} of the template: what the model is asked.")  # fmt: skip
-    completion_columns: tuple[str, ...] = setting(("Complex_CoT", "Response"), "Columns that fill the other {}: what it shall answer.")  # fmt: skip
-    prompt_template: str | None = setting(None, "Text file with one {} for each column; unset: the medical reasoning template. Rows with a `messages` column go through the model's chat template.", example="template.txt")  # fmt: skip
-    train_on: Literal["all", "response"] = setting("all", "Loss on the whole text, as the tutorial, or on the response alone.")  # fmt: skip
+    prompt_columns: tuple[str, ...] = setting(
+        ("Question",), "Columns that fill the first {} of the template: what the model is asked."
+    )
+    completion_columns: tuple[str, ...] = setting(
+        ("Complex_CoT", "Response"), "Columns that fill the other {}: what it shall answer."
+    )
+    prompt_template: str | None = setting(
+        None,
+        "Text file with one {} for each column; unset: the medical reasoning template. Rows with a `messages` "
+        "column go through the model's chat template.",
+        example="template.txt",
+    )
+    train_on: Literal["all", "response"] = setting(
+        "all", "Loss on the whole text, as the tutorial, or on the response alone."
+    )
     drop_bad_rows: bool = setting(False, "Leave out malformed rows and count them, instead of stopping at them.")
     dataset_num_proc: int = setting(2, "Processes that tokenize (about 0.7 GB each).", low=1, high=64, free=True)
 
@@ -90,58 +118,138 @@ class Settings:
     lora_alpha: int = setting(16, "Scale of the adapter: alpha / r.", low=1, high=100_000)
     lora_dropout: float = setting(0.0, "Dropout before the adapter.", low=0, high=0.9)
     lora_bias: Literal["none", "all", "lora_only"] = setting("none", "Which biases are trained.")
-    target_modules: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "Linear layers that get an adapter; all-linear takes every one but the head.")  # fmt: skip
+    target_modules: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "Linear layers that get an adapter; all-linear takes every one but the head.",
+    )
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead.")
-    gradient_checkpointing: Literal["unsloth", "true", "false"] = setting("unsloth", "Recompute activations to save memory (unsloth: with that engine's offloading). On a GPU, what is left unset is planned for the memory that is there.")  # fmt: skip
+    gradient_checkpointing: Literal["auto", "unsloth", "true", "false"] = setting(
+        "auto",
+        "Recompute activations to save memory. auto: as many layers as the GPU's memory asks for, and all of them "
+        "on a CPU; unsloth: all, with that engine's offloading.",
+    )
 
     # Training
-    per_device_train_batch_size: int = setting(2, "Rows in one forward pass. On a GPU, where neither this nor the next is set, their product is kept and the fewest passes that fit are planned.", low=1, high=100_000)  # fmt: skip
-    gradient_accumulation_steps: int = setting(4, "Forward passes in one update.", low=1, high=100_000)
-    max_memory: float | None = setting(None, "GiB of GPU memory to plan with and to keep within; unset: all that is free.", low=1, example="12")  # fmt: skip
+    per_device_train_batch_size: int | Literal["auto"] = setting(
+        "auto",
+        "Rows in one forward pass. auto with the next one on auto too: an update has 8 rows, in the fewest passes "
+        "that fit the GPU's memory, and 2 in a pass on a CPU. auto with a number in the next one: 2.",
+        low=1,
+        high=100_000,
+    )
+    gradient_accumulation_steps: int | Literal["auto"] = setting(
+        "auto",
+        "Forward passes in one update. auto: what the setting above says, and 4 where that one is a number.",
+        low=1,
+        high=100_000,
+    )
+    max_memory: float | None = setting(
+        None, "GiB of GPU memory to plan with and to keep within; unset: all that is free.", low=1, example="12"
+    )
     warmup_steps: int = setting(5, "Updates until the learning rate is reached.", low=0)
-    max_steps: int = setting(60, "Updates to make; -1: NUM_TRAIN_EPOCHS decides. Wins over it where both are set.", low=1, also=(-1,), unless=("num_train_epochs", -1))  # fmt: skip
-    num_train_epochs: float | None = setting(None, "Passes over the rows; set it, and not MAX_STEPS, for a full run.", low=0.001, high=1000, example="1")  # fmt: skip
+    max_steps: int = setting(
+        60,
+        "Updates to make; -1: NUM_TRAIN_EPOCHS decides. Wins over it where both are set.",
+        low=1,
+        also=(-1,),
+        unless=("num_train_epochs", -1),
+    )
+    num_train_epochs: float | None = setting(
+        None, "Passes over the rows; set it, and not MAX_STEPS, for a full run.", low=0.001, high=1000, example="1"
+    )
     learning_rate: float = setting(2e-4, "Peak learning rate.", low=1e-12, high=10)
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = setting("linear", "Course of the learning rate.")  # fmt: skip
-    optim: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"] = setting("adamw_8bit", "Optimizer, by its name in transformers.")  # fmt: skip
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        setting(
+            "linear",
+            "Course of the learning rate.",
+        )
+    )
+    optim: Literal[
+        "adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"
+    ] = setting("adamw_8bit", "Optimizer, by its name in transformers.")
     weight_decay: float = setting(0.01, "Weight decay.", low=0, high=1)
     max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are scaled down.", low=0)
     seed: int = setting(3407, "Seed of adapter, row order and dropout.", low=0, high=2**32 - 1)
     logging_steps: int = setting(10, "Updates between two lines of progress.", low=1, free=True)
     save_steps: int = setting(20, "Updates between two checkpoints; 0: only the last.", low=0, free=True)
     save_total_limit: int = setting(2, "Checkpoints kept.", low=1, free=True)
-    engine: Literal["auto", "unsloth", "transformers"] = setting("auto", "auto: the one that was faster on an H100; on a CPU always transformers.")  # fmt: skip
-    torch_compile: bool = setting(True, "Compile the decoder layers where the transformers engine can (a GPU of capability 8.0, bfloat16; Llama, Qwen2, Qwen3).")  # fmt: skip
-    full_determinism: bool | None = setting(None, "Same settings, data and kind of GPU give the same bytes; unset: where it is cheap (CPU, compiled path).")  # fmt: skip
-    report_to: Literal["none", "tensorboard", "wandb"] = setting("none", "Tracker; wandb writes offline where WANDB_API_KEY is unset.", free=True)  # fmt: skip
+    engine: Literal["auto", "unsloth", "transformers"] = setting(
+        "auto", "auto: the one that was faster on an H100; on a CPU always transformers."
+    )
+    torch_compile: bool = setting(
+        True,
+        "Compile the decoder layers where the transformers engine can (a GPU of capability 8.0, bfloat16; Llama, "
+        "Qwen2, Qwen3).",
+    )
+    full_determinism: bool | Literal["auto"] = setting(
+        "auto", "Same settings, data and kind of GPU give the same bytes. auto: where it is cheap (CPU, compiled path)."
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "Tracker; wandb writes offline where WANDB_API_KEY is unset.", free=True
+    )
 
-    health_timeout: float = setting(1800, "Seconds that one update may take before the container counts as unhealthy; 0: any time.", low=0, free=True)  # fmt: skip
+    health_timeout: float = setting(
+        1800,
+        "Seconds that one update may take before the container counts as unhealthy; 0: any time.",
+        low=0,
+        free=True,
+    )
 
     # Before and after
-    sample_question: str = setting("一个患有急性阑尾炎的病人已经发病5天,腹痛稍有减轻但仍然发热,在体检时发现右下腹有压痛的包块,此时应如何处理?", "Question answered before and after training.", free=True)  # fmt: skip
+    sample_question: str = setting(
+        "一个患有急性阑尾炎的病人已经发病5天,腹痛稍有减轻但仍然发热,在体检时发现右下腹有压痛的包块,此时应如何处理?",
+        "Question answered before and after training.",
+        free=True,
+    )
     max_new_tokens: int = setting(1200, "Length limit of an answer; 0 asks nothing.", low=0, free=True)
 
     # Output
     output_dir: str = setting("outputs", "Folder that receives everything.", free=True)
-    run_name: str = setting("DeepSeek-R1-Medical-COT", "Title of the model card and of the tracker's run.", unless=("model_name", "fine-tuned"), free=True)  # fmt: skip
+    run_name: str = setting(
+        "DeepSeek-R1-Medical-COT",
+        "Title of the model card and of the tracker's run.",
+        unless=("model_name", "fine-tuned"),
+        free=True,
+    )
     save_adapter: bool = setting(True, "Keep the adapter.", free=True)
     save_merged: bool = setting(True, "Write the merged 16-bit weights.", free=True)
     overwrite: bool = setting(False, "Start afresh where OUTPUT_DIR holds another run.", free=True)
-    tolerance: float | None = setting(None, "For `reproduce`: relative difference of the losses that is accepted where the bytes differ, as between GPU models.", low=0, high=1, example="0.01", free=True)  # fmt: skip
+    tolerance: float | None = setting(
+        None,
+        "For `reproduce`: relative difference of the losses that is accepted where the bytes differ, as between "
+        "GPU models.",
+        low=0,
+        high=1,
+        example="0.01",
+        free=True,
+    )
 
     # Hub
-    hf_token: Secret | None = setting(None, "Token for private models and for pushing; HF_TOKEN_FILE reads it from a file.", free=True)  # fmt: skip
+    hf_token: Secret | None = setting(
+        None, "Token for private models and for pushing; HF_TOKEN_FILE reads it from a file.", free=True
+    )
     push_to_hub: bool = setting(False, "Publish after verification.", free=True)
-    hub_model_id: str | None = setting(None, "Repository of the adapter.", example="you/DeepSeek-R1-Medical-COT", free=True)  # fmt: skip
-    hub_merged_model_id: str | None = setting(None, "Repository of the merged weights, if they too shall be published.", example="you/DeepSeek-R1-Medical-COT-merged", free=True)  # fmt: skip
+    hub_model_id: str | None = setting(
+        None, "Repository of the adapter.", example="you/DeepSeek-R1-Medical-COT", free=True
+    )
+    hub_merged_model_id: str | None = setting(
+        None,
+        "Repository of the merged weights, if they too shall be published.",
+        example="you/DeepSeek-R1-Medical-COT-merged",
+        free=True,
+    )
     hub_private_repo: bool = setting(True, "New repositories are private.", free=True)
-    wandb_api_key: Secret | None = setting(None, "Key of Weights & Biases; WANDB_API_KEY_FILE reads it from a file.", free=True)  # fmt: skip
-
-    given: frozenset[str] = dataclasses.field(default=frozenset(), metadata={})
+    wandb_api_key: Secret | None = setting(
+        None, "Key of Weights & Biases; WANDB_API_KEY_FILE reads it from a file.", free=True
+    )
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str], command_line: Mapping[str, str] | None = None) -> Settings:
+    def from_env(
+        cls, environ: Mapping[str, str], command_line: Mapping[str, str] | None = None, *, publishes: bool = False
+    ) -> Settings:
         """Read the settings out of `environ`; `command_line` wins over it, and may hold no unknown name.
+
+        publishes: whether they must be enough to publish with, whatever PUSH_TO_HUB says.
 
         Raises SettingsError with every problem at once, each as `NAME=value: what is wrong, what is allowed, an example`.
         """
@@ -156,38 +264,40 @@ class Settings:
                     values[declared.field] = value
             except ValueError as error:
                 problems.append(str(error))
-        given = frozenset(values)
-        changed = {d.field for d in declarations() if d.field in given and values[d.field] != d.default}
+        changed = {d.field for d in declarations() if values.get(d.field, d.default) != d.default}
         for declared in declarations():
             other, value = declared.unless or ("", None)
-            if other in changed and declared.field not in given:
+            if other in changed and declared.field not in values:
                 values[declared.field] = value
-        settings = cls(**values, given=given)
+        settings = cls(**values)
         settings = settings.replaced(output_dir=os.path.expanduser(settings.output_dir))
-        problems += _cross_checks(settings)
+        problems += _cross_checks(settings, publishes or settings.push_to_hub)
         if problems:
             raise SettingsError(*problems)
         return settings
 
     @property
+    def rows_of_a_pass(self) -> int:
+        """Rows of one forward pass where nothing is planned."""
+        size = self.per_device_train_batch_size
+        return MICRO_BATCH if size == "auto" else size
+
+    @property
     def rows_per_update(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        """Rows of one update: 2 x 4 as in the recipe, where a number does not say otherwise."""
+        passes = self.gradient_accumulation_steps
+        return self.rows_of_a_pass * (ACCUMULATION if passes == "auto" else passes)
 
     @property
     def micro_batch(self) -> int | None:
-        """Rows of one forward pass where the user set them; None: planned."""
-        sized = self.given & {"per_device_train_batch_size", "gradient_accumulation_steps"}
-        return self.per_device_train_batch_size if sized else None
-
-    @property
-    def rows_of_a_pass(self) -> int:
-        """Rows of one forward pass where nothing is planned."""
-        return self.per_device_train_batch_size
+        """Rows of one forward pass; None: planned."""
+        planned = self.per_device_train_batch_size == self.gradient_accumulation_steps == "auto"
+        return None if planned else self.rows_of_a_pass
 
     @property
     def recomputes(self) -> bool | None:
-        """Whether the user has activations recomputed; None: planned."""
-        return self.gradient_checkpointing != "false" if "gradient_checkpointing" in self.given else None
+        """Whether the activations of all layers are recomputed, or those of none; None: planned."""
+        return None if self.gradient_checkpointing == "auto" else self.gradient_checkpointing != "false"
 
     def replaced(self, **values: Any) -> Settings:
         """A copy with other values."""
@@ -229,12 +339,22 @@ class Declaration:
 
     @property
     def kind(self) -> Any:
-        """The type without `None`."""
+        """The type without `None` and without `auto`."""
         options = typing.get_args(self.type)
-        return options[0] if type(None) in options else self.type
+        return options[0] if type(None) in options or self.planned else self.type
+
+    @property
+    def planned(self) -> bool:
+        """Whether the value may be `auto` beside a number or a yes or no."""
+        return Literal["auto"] in typing.get_args(self.type)
 
     def allowed(self) -> str:
         """What a value may be, in words."""
+        if not self.planned:
+            return self._allowed()
+        return f"auto, {self._allowed()}" if self.kind is bool else f"auto, or {self._allowed()}"
+
+    def _allowed(self) -> str:
         if self.kind is bool:
             return "1 or 0 (also true/false, yes/no, on/off)"
         if typing.get_origin(self.kind) is Literal:
@@ -251,7 +371,7 @@ class Declaration:
         return "text"
 
     def shown_default(self) -> str:
-        return "" if self.default is None else _text(self.default)
+        return text(self.default)
 
     def read(self, environ: Mapping[str, str], command_line: Mapping[str, str]) -> Any:
         """The value the user gave, or None. Raises ValueError with the whole sentence for the user."""
@@ -287,6 +407,8 @@ class Declaration:
     def parse(self, raw: str) -> Any:
         """One value from its text. Raises ValueError with the whole sentence for the user."""
         kind, value = self.kind, raw.strip()
+        if self.planned and value.lower() == "auto":
+            return "auto"
         try:
             if kind is bool:
                 return _BOOLEANS[value.lower()]
@@ -316,7 +438,7 @@ class Declaration:
 
     def _bad(self, raw: str) -> Any:
         hint = "; a comment needs a line of its own" if " #" in raw else ""
-        example = self.example or _text(self.default)
+        example = self.example or text(self.default)
         raise ValueError(
             f"{self.name}={raw}: not allowed{hint}; it takes {self.allowed()}, for example {self.name}={example}"
         )
@@ -340,14 +462,32 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 _FLOAT = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 # Names in use elsewhere for what is set here; the libraries' own variables start with these prefixes and are theirs.
 _SYNONYMS = {
-    "MODEL": "MODEL_NAME", "MODEL_ID": "MODEL_NAME", "BASE_MODEL": "MODEL_NAME", "DATASET": "DATASET_NAME",
-    "MAX_LENGTH": "MAX_SEQ_LENGTH", "MAX_SEQ_LEN": "MAX_SEQ_LENGTH", "LORA_RANK": "LORA_R", "RANK_R": "LORA_R",
-    "LR": "LEARNING_RATE", "EPOCHS": "NUM_TRAIN_EPOCHS", "NUM_EPOCHS": "NUM_TRAIN_EPOCHS", "STEPS": "MAX_STEPS",
-    "BATCH_SIZE": "PER_DEVICE_TRAIN_BATCH_SIZE", "TRAIN_BATCH_SIZE": "PER_DEVICE_TRAIN_BATCH_SIZE",
-    "GRAD_ACCUM": "GRADIENT_ACCUMULATION_STEPS", "HUGGINGFACE_TOKEN": "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
-    "HF_API_TOKEN": "HF_TOKEN", "HUB_TOKEN": "HF_TOKEN", "LOAD_IN_8BIT": "LOAD_IN_4BIT", "OUTPUT_PATH": "OUTPUT_DIR",
-}  # fmt: skip
-_LIBRARIES = ("HF_HUB_", "HF_HOME", "HF_ENDPOINT", "HF_DATASETS_", "HF_TOKEN_PATH", "WANDB_", "CUDA_", "NVIDIA_", "TORCH", "UNSLOTH_", "BNB_")  # fmt: skip
+    "MODEL": "MODEL_NAME",
+    "MODEL_ID": "MODEL_NAME",
+    "BASE_MODEL": "MODEL_NAME",
+    "DATASET": "DATASET_NAME",
+    "MAX_LENGTH": "MAX_SEQ_LENGTH",
+    "MAX_SEQ_LEN": "MAX_SEQ_LENGTH",
+    "LORA_RANK": "LORA_R",
+    "RANK_R": "LORA_R",
+    "LR": "LEARNING_RATE",
+    "EPOCHS": "NUM_TRAIN_EPOCHS",
+    "NUM_EPOCHS": "NUM_TRAIN_EPOCHS",
+    "STEPS": "MAX_STEPS",
+    "BATCH_SIZE": "PER_DEVICE_TRAIN_BATCH_SIZE",
+    "TRAIN_BATCH_SIZE": "PER_DEVICE_TRAIN_BATCH_SIZE",
+    "GRAD_ACCUM": "GRADIENT_ACCUMULATION_STEPS",
+    "HUGGINGFACE_TOKEN": "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
+    "HF_API_TOKEN": "HF_TOKEN",
+    "HUB_TOKEN": "HF_TOKEN",
+    "LOAD_IN_8BIT": "LOAD_IN_4BIT",
+    "OUTPUT_PATH": "OUTPUT_DIR",
+}
+_LIBRARIES = (
+    *("HF_HUB_", "HF_HOME", "HF_ENDPOINT", "HF_DATASETS_", "HF_TOKEN_PATH", "WANDB_", "CUDA_", "NVIDIA_", "TORCH"),
+    *("UNSLOTH_", "BNB_"),
+)
 
 
 def _unknown(names: Mapping[str, str], *, strict: bool) -> Iterator[str]:
@@ -378,34 +518,52 @@ def _one_slip(a: str, b: str) -> bool:
     return rest_a[1:] == rest_b[1:] or rest_a[1:] == rest_b or rest_a == rest_b[1:] or swapped
 
 
-def _cross_checks(s: Settings) -> Iterator[str]:
+def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
     """Sentences on values that do not go together, before anything is downloaded."""
     if s.max_steps == -1 and s.num_train_epochs is None:
         yield "MAX_STEPS=-1: needs the passes over the rows, for example NUM_TRAIN_EPOCHS=1"
     if s.lr_scheduler_type == "polynomial" and s.learning_rate <= 1e-7:
-        yield f"LEARNING_RATE={s.learning_rate:g} with LR_SCHEDULER_TYPE=polynomial, which ends at 1e-7: for example LR_SCHEDULER_TYPE=linear"
-    if s.engine == "unsloth" and s.full_determinism:
-        yield "FULL_DETERMINISM=1 with ENGINE=unsloth: its kernels add up in changing order; use ENGINE=transformers, or FULL_DETERMINISM=0"
-    if s.push_to_hub:
+        yield (
+            f"LEARNING_RATE={s.learning_rate:g} with LR_SCHEDULER_TYPE=polynomial, which ends at 1e-7: for example "
+            "LR_SCHEDULER_TYPE=linear"
+        )
+    if s.engine == "unsloth" and s.full_determinism is True:
+        yield (
+            "FULL_DETERMINISM=1 with ENGINE=unsloth: its kernels add up in changing order; use ENGINE=transformers, or "
+            "FULL_DETERMINISM=0"
+        )
+    if publishes:
         if s.hub_model_id is None:
-            yield "PUSH_TO_HUB=1: needs the repository's name, for example HUB_MODEL_ID=you/DeepSeek-R1-Medical-COT"
+            yield "HUB_MODEL_ID: publishing needs a repository, for example HUB_MODEL_ID=you/DeepSeek-R1-Medical-COT"
         if s.hf_token is None:
-            yield "PUSH_TO_HUB=1: needs a token that may write, in HF_TOKEN or in the file that HF_TOKEN_FILE names"
+            yield "HF_TOKEN: publishing needs a token that may write; set it, or HF_TOKEN_FILE to the file with it"
         if not s.save_adapter:
-            yield "PUSH_TO_HUB=1 with SAVE_ADAPTER=0: there would be nothing to publish; set SAVE_ADAPTER=1"
+            yield "SAVE_ADAPTER=0: there would be nothing to publish; set SAVE_ADAPTER=1, or PUSH_TO_HUB=0"
     if s.hub_merged_model_id is not None and not s.save_merged:
         yield "HUB_MERGED_MODEL_ID with SAVE_MERGED=0: there would be no merged weights; set SAVE_MERGED=1"
     if s.hub_merged_model_id is not None and s.hub_merged_model_id == s.hub_model_id:
-        yield f"HUB_MERGED_MODEL_ID={s.hub_merged_model_id}: must differ from HUB_MODEL_ID, since a folder with both loads as the adapter"  # fmt: skip
+        yield (
+            f"HUB_MERGED_MODEL_ID={s.hub_merged_model_id}: must differ from HUB_MODEL_ID, since a folder with both "
+            "loads as the adapter"
+        )
     for name, value in (("HUB_MODEL_ID", s.hub_model_id), ("HUB_MERGED_MODEL_ID", s.hub_merged_model_id)):
         if value is not None and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]{0,95}", value, re.ASCII):
-            yield f"{name}={value}: not a repository name; it takes owner/name, for example {name}=you/DeepSeek-R1-Medical-COT"  # fmt: skip
+            yield (
+                f"{name}={value}: not a repository name; it takes owner/name, for example "
+                f"{name}=you/DeepSeek-R1-Medical-COT"
+            )
     if not re.fullmatch(SPLIT, s.dataset_split):
-        yield f"DATASET_SPLIT={s.dataset_split}: not a split; it takes a name and perhaps a slice, for example DATASET_SPLIT=train[0:500]"  # fmt: skip
+        yield (
+            f"DATASET_SPLIT={s.dataset_split}: not a split; it takes a name and perhaps a slice, for example "
+            "DATASET_SPLIT=train[0:500]"
+        )
     if s.dataset_name == "samples" and s.dataset_config not in (None, "en", "zh"):
         yield f"DATASET_CONFIG={s.dataset_config}: the bundled rows have en and zh, for example DATASET_CONFIG=en"
     if set(s.prompt_columns) & set(s.completion_columns):
-        yield "COMPLETION_COLUMNS: a column cannot be both asked and answered, for example PROMPT_COLUMNS=Question COMPLETION_COLUMNS=Complex_CoT,Response"  # fmt: skip
+        yield (
+            "COMPLETION_COLUMNS: a column cannot be both asked and answered, for example PROMPT_COLUMNS=Question "
+            "COMPLETION_COLUMNS=Complex_CoT,Response"
+        )
 
 
 SPLIT = r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?"
@@ -417,25 +575,26 @@ def _unquote(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A value as it is written in the environment; empty for None. `from_env` reads the same value out of it again."""
     if isinstance(value, bool):
         return str(int(value))
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ",".join(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "" if value is None else repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def reference() -> str:
     """The text of env.example: every setting, commented out, with its help, what is allowed, and its default."""
     lines = [
-        "# Settings of the fine-tuning image, with their defaults. Generated from finetune/settings.py: make env-example.",
-        "# Copy to .env, and take the # away from what you change. One NAME=value a line; comments on lines of their own.",
+        "# Settings of the fine-tuning image, with their defaults. Made from finetune/settings.py by make env-example.",
+        "# Copy to .env, and take the # away from what you change. One NAME=value a line; a comment has its own line.",
     ]
     for d in declarations():
         allowed = d.allowed()
         extra = "" if allowed == "text" else f" ({allowed})"
         default = d.shown_default() or d.example or ""
-        unless = f" Where {d.unless[0].upper()} is changed: {_text(d.unless[1] or 'none')}." if d.unless else ""
+        unless = f" Where {d.unless[0].upper()} is changed: {text(d.unless[1]) or 'none'}." if d.unless else ""
         lines += ["", f"# {d.help}{extra}{unless}", f"# {d.name}={default}"]
     return "\n".join(lines) + "\n"
 

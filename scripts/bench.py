@@ -153,7 +153,7 @@ def copied(folder: Path, to: Path) -> float:
 
 def machine() -> dict[str, Any]:
     """GPU, driver, versions, and what a plain product of matrices reaches here."""
-    from finetune.run import report
+    from finetune.run import provenance
 
     visible = preflight.gpus(os.environ)
     if not visible:
@@ -161,7 +161,7 @@ def machine() -> dict[str, Any]:
     gpu = visible[0]
     code = "from finetune import probe; print(probe.speed(8192))"
     speed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120).stdout
-    return dict(gpu=gpu.name, driver=gpu.driver, versions=report.versions(), flop_per_s=float(speed or "nan"))
+    return dict(gpu=gpu.name, driver=gpu.driver, versions=provenance.versions(), flop_per_s=float(speed or "nan"))
 
 
 def table(results: list[dict[str, Any]], parameters: int, flop_per_s: float) -> str:

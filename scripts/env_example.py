@@ -1,29 +1,27 @@
 #!/usr/bin/env python3
-"""Write env.example, and the table between its two markers in README.md, from the declared settings."""
+"""Write what is generated from declarations: env.example, README's tables of settings and verbs, and run.json's schema."""
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
+
+import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from finetune import files  # noqa: E402
+from finetune.run import record  # noqa: E402
 from finetune.settings import reference, table  # noqa: E402
-
-BEGIN, END = "<!-- settings: make env-example -->", "<!-- end of settings -->"
+from finetune.verbs import table as verbs  # noqa: E402
 
 
 def main() -> None:
-    """Replace both files' generated parts."""
     files.write_text(ROOT / "env.example", reference())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        sys.exit(f"README.md: needs one line {BEGIN} and one line {END}")
-    generated = f"{BEGIN}\n{table()}{END}"
-    files.write_text(ROOT / "README.md", re.sub(f"{BEGIN}.*{END}", lambda _: generated, readme, flags=re.DOTALL))
+    readme.put("<!-- settings: make env-example -->", "<!-- end of settings -->", table())
+    readme.put("<!-- verbs: make env-example -->", "<!-- end of verbs -->", verbs.readme())
+    files.write_json(ROOT / "finetune" / "run.schema.json", record.schema())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import readme
+
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks/image-size"
 BEGIN, END = "<!-- image sizes: scripts/image_sizes.py -->", "<!-- end of image sizes -->"
@@ -115,12 +117,7 @@ def main(images: list[str]) -> None:
     for image in images:
         figure = measure(image, os.environ.get("DOCKER", "docker"))
         (FIGURES / f"cuda{figure['cuda']}.json").write_text(json.dumps(figure, indent=1) + "\n", encoding="utf-8")
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        sys.exit(f"README.md: needs a line {BEGIN} and after it a line {END}")
-    readme.write_text(f"{before}{BEGIN}\n{table(figures())}\n{END}{after}", encoding="utf-8")
+    readme.put(BEGIN, END, f"{table(figures())}\n")
 
 
 def figures() -> list[dict[str, Any]]:

@@ -44,12 +44,16 @@ class Rows:
     sha256: str
     places: list[str]
 
+    @property
+    def format(self) -> str:
+        return "messages" if self.messages else "columns"
+
     def record(self) -> dict[str, Any]:
         """What run.json says of the data."""
         return dict(
             name=self.name,
             commit=self.commit,
-            messages=self.messages,
+            format=self.format,
             seen=self.seen,
             dropped=self.dropped,
             sha256=self.sha256,

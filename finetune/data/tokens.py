@@ -82,11 +82,9 @@ class Tokens:
         )
 
 
-def format_of(
-    rows_are_messages: bool, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date
-) -> Format:
+def format_of(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date) -> Format:
     """The format of rows. date: what a chat template that writes today's date is to write."""
-    if not rows_are_messages:
+    if name != "messages":
         return Columns.of(settings, tokenizer)
     return Messages.of(settings.dataset_name, settings.model_name, tokenizer, date, settings.train_on == "all")
 
@@ -104,7 +102,7 @@ def tokenize(
     MachineError where a process was killed.
     """
     date = date or datetime.date.today()
-    made = format_of(rows.messages, tokenizer, settings, date)
+    made = format_of(rows.format, tokenizer, settings, date)
     work = Encoder(
         made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on == "response"
     )

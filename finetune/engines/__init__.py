@@ -104,13 +104,13 @@ def choose(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) -> Choic
         why = "no GPU is visible"
     elif not against:
         why = "its compiled path is the fastest for this GPU and model"
-    elif settings.full_determinism:
+    elif settings.full_determinism is True:
         why = f"FULL_DETERMINISM=1, which unsloth cannot keep; not compiled: {against}"
     else:
         return Choice("unsloth", f"a CUDA GPU, and the compiled path is out: {against}")
     cheap = gpu is None or not against  # under a tenth of the time there: benchmarks/h100
     return Choice(
-        "transformers", why, not against, cheap if settings.full_determinism is None else settings.full_determinism
+        "transformers", why, not against, cheap if settings.full_determinism == "auto" else settings.full_determinism
     )
 
 

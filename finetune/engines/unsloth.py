@@ -62,7 +62,7 @@ def load(settings: Settings, source: Source) -> PeftModel:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         bias=settings.lora_bias,
-        use_gradient_checkpointing={"unsloth": "unsloth", "true": True, "false": False}[
+        use_gradient_checkpointing={"auto": "unsloth", "unsloth": "unsloth", "true": True, "false": False}[
             settings.gradient_checkpointing
         ],
         random_state=settings.seed,

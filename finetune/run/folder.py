@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import files
-from finetune.errors import MachineError, SettingsError
+from finetune.errors import MachineError, OutputError, SettingsError
 from finetune.machine import preflight
-from finetune.run import records
-from finetune.run.report import below, versions
+from finetune.run import record as records
+from finetune.run.record import Record
 from finetune.settings import Settings
 
-PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", "metrics.jsonl", "curves.png", "report.html", "samples.md", "README.md")  # fmt: skip
+PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", *records.PAGES)
 IDENTITY = "checkpoints/identity.json"
 ASIDE = "replaced.partial"  # what a run with OVERWRITE takes the place of, until it has the place
 ENDINGS = ("", ".partial", ".old")
@@ -64,7 +64,8 @@ def locked(output: Path) -> Iterator[None]:
 def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool:
     """Whether this very run is complete in `output`, with all that is asked for. Nothing is changed there.
 
-    identity: of this run. Raises SettingsError with the differences where `output` holds another run, unless OVERWRITE is set.
+    identity: of this run. Without OVERWRITE: raises SettingsError with the differences where `output` holds another run, and
+    OutputError where it holds what is damaged or of no run.
     """
     if settings.overwrite:
         return False
@@ -73,7 +74,7 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
         try:
             before = dict(json.loads(place.read_bytes()))
         except (ValueError, TypeError) as error:
-            raise SettingsError(
+            raise OutputError(
                 f"{place}: cannot be read ({error}); give another OUTPUT_DIR, or OVERWRITE=1 to replace the run in this one"
             ) from None
         different = [k for k in sorted({*before, *identity}) if before.get(k) != identity.get(k)]
@@ -90,7 +91,7 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
     if there := [
         n for n in PRODUCTS if os.path.lexists(output / n) and not (n == "checkpoints" and place.parent.is_dir())
     ]:
-        raise SettingsError(
+        raise OutputError(
             f"OUTPUT_DIR={output}: already holds {', '.join(there)}; give another folder, or OVERWRITE=1 to replace them"
         )
     return False
@@ -112,11 +113,6 @@ def day_of(record: Mapping[str, Any]) -> datetime.date:
         return datetime.date.fromisoformat(record["dataset"]["date"])
     except (KeyError, ValueError, TypeError):
         return datetime.date.today()
-
-
-def identity(settings: Settings, decides: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run this one: settings, versions, and what `decides` names beside them: engine, and all that goes in."""
-    return {**settings.deciding(), **decides, **{f"version of {k}": v for k, v in versions().items()}}
 
 
 def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None:
@@ -236,18 +232,18 @@ def _ways(path: Path) -> set[str]:
     return found | {os.path.realpath(path)}
 
 
-def finished(output: Path) -> dict[str, Any]:
+def finished(output: Path) -> Record:
     """The record of the complete run in `output`.
 
-    Raises SettingsError where there is none, or it is damaged, MachineError that names each file of it that may not be read.
+    Raises OutputError where there is none, or it is damaged, MachineError that names each file of it that may not be read.
     """
     if os.path.lexists(output / ASIDE):
         with locked(output):
             pass
     try:
-        record = records.read(output / "run.json")
+        record = records.read(output / "run.json", OutputError)
     except FileNotFoundError:
-        raise SettingsError(
+        raise OutputError(
             f"OUTPUT_DIR={output}: holds no finished run (no run.json); train first, or give the folder of a run"
         ) from None
     if closed := [problem for name in sorted(record["files"]) if (problem := preflight.denied(output / name))]:
@@ -255,10 +251,10 @@ def finished(output: Path) -> dict[str, Any]:
     return record
 
 
-def verify(output: Path) -> dict[str, Any]:
+def verify(output: Path) -> Record:
     """The record of the run in `output`, after every file was found to have the sha256 that the record says.
 
-    Raises SettingsError that names each missing, changed or added file. Reads in small pieces; needs no GPU.
+    Raises OutputError that names each missing, changed or added file. Reads in small pieces; needs no GPU.
     """
     record = finished(output)
     expected = record["files"]
@@ -272,9 +268,9 @@ def verify(output: Path) -> dict[str, Any]:
         if found != expected[name]["sha256"]:
             problems.append(f"{output / name}: is not the file that the run wrote (its sha256 differs)")
     # what lies beside the weights is loaded and published with them
-    problems += [f"{output / name}: is not of this run" for name in below(output) if name not in expected]
+    problems += [f"{output / name}: is not of this run" for name in records.below(output) if name not in expected]
     if problems:
-        raise SettingsError(
+        raise OutputError(
             *problems, f"OUTPUT_DIR={output}: is not whole; take a copy that is, or train again with OVERWRITE=1"
         )
     return record

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from finetune import data
-from finetune.errors import SettingsError
+from finetune.errors import HubError, SettingsError
 from finetune.run import folder
+from finetune.run.record import Record
 from finetune.settings import Settings
 from finetune.sources import hub
+from finetune.sources.hub import Source
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
-    from finetune.sources.hub import Source
 
-Record = Mapping[str, Any]  # the content of a run.json
 MODEL_FILE = "model file "
 
 
@@ -68,3 +68,29 @@ def _sentence(name: str, recorded: str | None, found: str | None, source: Source
         f"tokens: rows and model are those of the recorded run, but the tokens made of them are not ({was}); "
         "another text in the file PROMPT_TEMPLATE, another MAX_SEQ_LENGTH or TRAIN_ON, or another version of tokenizers does that"
     )
+
+
+def base(record: Record, settings: Settings) -> tuple[Source | None, str]:
+    """The base of the recorded run on this machine, or None and why not.
+
+    Where the recorded name is not on this machine, a MODEL_NAME other than the default says where the model is now.
+    """
+    now = settings.model_name
+    names = [record["settings"]["MODEL_NAME"], *([now] if now != Settings.model_name else [])]
+    reasons = []
+    for name in dict.fromkeys(names):
+        source = hub.cached(name, record["model"]["commit"])
+        if source is None:
+            reasons.append(f"the base {name} is not on this machine")
+            continue
+        try:
+            found = source.digests
+        except (SettingsError, HubError) as error:
+            reasons.append(str(error))
+            continue
+        recorded = record["model"]["files"]
+        if found == recorded:
+            return source, ""
+        differ = sorted(file for file in {*found, *recorded} if found.get(file) != recorded.get(file))
+        reasons.append(f"{name} is no longer the base of this run ({', '.join(differ)})")
+    return None, "; ".join(reasons) + ". MODEL_NAME says where it is"

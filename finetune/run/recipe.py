@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import resource
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from finetune import console, data, engines
 from finetune.inference import answer
 from finetune.machine import preflight
-from finetune.run import folder, inputs, report
+from finetune.run import folder, inputs, provenance, report
+from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
 from finetune.sources import hub
 from finetune.weights import merge as export
 from finetune.weights import shards as weights
 
 
-def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record | None = None) -> None:
-    """Train, verify, record, publish if asked; a complete run is only published. recorded: a run.json with the same inputs."""
+class Clock:
+    """Seconds of each part of the run, since the part before it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.began = self.last = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        """The part called `name` ends now."""
+        now = time.perf_counter()
+        self.seconds[name], self.last = round(now - self.last, 2), now
+
+
+def run(settings: Settings, environ: Mapping[str, str], recorded: Record | None = None) -> None:
+    """Train, verify, record, publish if asked; a complete run is only published. recorded: a run with the same inputs."""
     console.beat("starting")  # in a container that was started again, the last beat is that of the run before
-    clock, output, visible = report.Clock(), Path(settings.output_dir), preflight.gpus(environ)
+    clock, output, visible = Clock(), Path(settings.output_dir), preflight.gpus(environ)
     print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
-    hub.login(settings)
+    hub.login(settings, publishes=settings.push_to_hub)
     with folder.locked(output), engines.memory_told():
-        train_in(output, clock, visible, settings, environ, recorded)
-    hub.publish(settings)
+        train_in(output, settings, environ, recorded, visible, clock)
+    if settings.push_to_hub:
+        folder.verify(output)
+        hub.publish(settings, output)
 
 
 def train_in(
-    output: Path, clock: report.Clock, visible: list[preflight.Gpu], settings: Settings, environ: Mapping[str, str],
-    recorded: inputs.Record | None,
-) -> None:  # fmt: skip
+    output: Path,
+    settings: Settings,
+    environ: Mapping[str, str],
+    recorded: Record | None,
+    visible: list[preflight.Gpu],
+    clock: Clock,
+) -> None:
     """All of a run that is written to `output`."""
+    gpu = visible[0] if visible else None
     rows = data.load(settings)
     source = hub.fetch_model(settings)
     preflight.check(settings, visible, environ, count=preflight.parameters(str(source.folder)))
     _ = source.hashing  # begins
     clock.mark("inputs_s")
-    choice = engines.choose(settings, visible[0] if visible else None, source.config())
+    choice = engines.choose(settings, gpu, source.config())
     console.phase("loading", choice.describe())
     engine = choice.open(settings)
     console.quiet()
@@ -48,7 +72,12 @@ def train_in(
     tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded), own_file)
     console.phase("loading", f"data: {tokens.describe()}, {rows.dropped + tokens.dropped} dropped")
     print(*(f"data: {note}" for note in tokens.notes), sep="\n", end="\n" * bool(tokens.notes), flush=True)
-    identity = folder.identity(settings, {**choice.deciding(), **inputs.check(source, rows, tokens, recorded)})
+    identity = {
+        **settings.deciding(),
+        **choice.deciding(),
+        **inputs.check(source, rows, tokens, recorded),
+        **{f"version of {name}": version for name, version in provenance.versions().items()},
+    }
     if folder.begin(settings, output, identity):
         return print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
     clock.mark("data_s")
@@ -59,8 +88,8 @@ def train_in(
         weights.check_mergeable(model, source)
     folder.claim(settings, output, identity)
     clock.mark("load_s")
-    asked = data.format_of(rows.messages, tokenizer, settings, tokens.day)
-    ask = answer.sample(engine, model, tokenizer, asked.prompt(settings.sample_question), settings)
+    form = data.format_of(rows.format, tokenizer, settings, tokens.day)
+    ask = answer.sample(engine, model, tokenizer, form.prompt(settings.sample_question), settings)
     before = ask("before")
     clock.mark("before_s")
     from finetune.training import fit as train  # trl, which unsloth must be imported before
@@ -82,7 +111,28 @@ def train_in(
     if not settings.save_adapter:
         shutil.rmtree(output / "adapter")
     clock.mark("export_s")
-    machine = report.environment(visible[0] if visible else None, environ)
-    record = report.record(settings, choice, source, rows, tokens, fit, merged, (before, after), machine, clock)
-    report.write(output, record, fit.metrics)
+    record = made(
+        schema_version=SCHEMA_VERSION,
+        settings=settings.record(),
+        engine=dataclasses.asdict(choice),
+        model=dict(name=source.name, commit=source.commit, files=source.digests),
+        dataset={**rows.record(), **tokens.record(), "dropped": rows.dropped + tokens.dropped},
+        training=fit.record(),
+        memory=dict(
+            training_gib=round(fit.peak_gib, 3),
+            process_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        ),
+        verification=merged.record() if merged else None,
+        samples=dict(question=settings.sample_question, before=before, after=after),
+        environment=provenance.environment(gpu, environ),
+        timings=dict(
+            clock.seconds,
+            plan_s=round(fit.plan_s, 2),
+            first_step_s=round(fit.first_step_s, 2),
+            started_s=round(fit.started_s, 2),
+            total_s=round(time.perf_counter() - clock.began, 2),
+        ),
+        files=entries(output, below(output)),
+    )
+    record = report.write(output, record, fit.metrics)
     print(report.summary(output, record), flush=True)

@@ -21,7 +21,6 @@ from finetune.errors import HubError, MachineError, SettingsError, first_line, w
 from finetune.machine.preflight import INDEX as INDEX
 from finetune.machine.preflight import safetensors_header
 from finetune.machine.preflight import weight_files as weight_files
-from finetune.run.folder import verify
 from finetune.settings import Settings
 
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -127,18 +126,18 @@ def token(settings: Settings) -> str | bool:
     return settings.hf_token.reveal() if settings.hf_token else False
 
 
-def login(settings: Settings) -> None:
+def login(settings: Settings, publishes: bool) -> None:
     """Where there is a token, ask the Hub whose it is, and print name and rights. Nothing is written to disk.
 
-    Raises HubError where the token is refused, or may not write although PUSH_TO_HUB is set.
+    Raises HubError where the token is refused, or may not write although this call `publishes`.
     """
     if settings.hf_token is None:
         return
     from huggingface_hub import HfApi, constants
 
     if constants.is_offline_mode():
-        if settings.push_to_hub:
-            raise HubError("PUSH_TO_HUB=1 with HF_HUB_OFFLINE=1: publishing needs the Hub; unset one of them")
+        if publishes:
+            raise HubError("HF_HUB_OFFLINE=1: publishing needs the Hub; unset it, or do not publish (PUSH_TO_HUB=0)")
         print("Hub: offline, the token is not checked", flush=True)
         return
     with explained("HF_TOKEN", settings):
@@ -147,9 +146,9 @@ def login(settings: Settings) -> None:
     print(
         f"Hub: logged in as {answer['name']}; the token may {'read and write' if writes else 'only read'}", flush=True
     )
-    if settings.push_to_hub and not writes:
+    if publishes and not writes:
         raise HubError(
-            "PUSH_TO_HUB=1: this token may only read. Make one with the right to write in the Hub's settings, Access "
+            "HF_TOKEN: publishing needs the right to write, and this token may only read. Make one with the right to write in the Hub's settings, Access "
             "Tokens, and give it in HF_TOKEN."
         )
 
@@ -386,17 +385,14 @@ def explained(variable: str, settings: Settings) -> Iterator[None]:
         raise
 
 
-def publish(settings: Settings) -> None:
-    """Where PUSH_TO_HUB is set: push what a run left in OUTPUT_DIR, each folder with its card in one commit.
+def publish(settings: Settings, output: Path) -> None:
+    """Push what a run left in `output`, each folder with its card in one commit.
 
-    The files' hashes are checked first: SettingsError. Raises HubError for all that follows, with everything still on disk.
+    The caller has checked the files' hashes. Raises HubError for all that follows, with everything still on disk.
     """
-    if not settings.push_to_hub:
-        return
     from huggingface_hub import HfApi
 
-    api, output = HfApi(token=token(settings)), Path(settings.output_dir)
-    verify(output)
+    api = HfApi(token=token(settings))
     for folder, variable, repository in (
         ("adapter", "HUB_MODEL_ID", settings.hub_model_id),
         ("merged", "HUB_MERGED_MODEL_ID", settings.hub_merged_model_id),

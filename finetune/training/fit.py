@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from finetune.data import Tokens
     from finetune.engines import Choice, Engine
-    from finetune.run.inputs import Record
+    from finetune.run.record import Record
 
 STREAM_ROWS = 64  # whose tokens are measured with
 
@@ -78,7 +78,7 @@ def fit(
 
     recorded: a run.json whose plan is followed: other pieces round differently.
 
-    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Refusal where the loss is no longer a number,
+    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Diverged where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
     """
     arguments, stop, resume = _arguments(settings, folder), Stop(), checkpoints.newest(folder)

@@ -17,7 +17,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from finetune import console, files
-from finetune.errors import Refusal
+from finetune.errors import Diverged
 from finetune.training import checkpoints
 from finetune.training.batches import Row
 from finetune.training.update import Updates
@@ -112,7 +112,7 @@ class UpdateTrainer(Trainer):
     # What each update leaves
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Note an update. Raises Refusal where the loss is no longer a number."""
+        """Note an update. Raises Diverged where the loss is no longer a number."""
         if "loss" in logs and "grad_norm" in logs:
             self._note(logs)
         super().log(logs, start_time)
@@ -136,7 +136,7 @@ class UpdateTrainer(Trainer):
         if not self.first_step_s:
             self.first_step_s, self.started_s = seconds, process_age()
         if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            raise Refusal(
+            raise Diverged(
                 f"step {row['step']}: the loss is {row['loss']}, the gradient norm {row['grad_norm']}; training has "
                 f"diverged. Try a lower LEARNING_RATE, for example LEARNING_RATE={self.args.learning_rate / 10:g}, "
                 "and OVERWRITE=1."

@@ -15,6 +15,11 @@ from finetune.settings import Settings
 from finetune.sources import hub
 
 
+def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
+    for line in lock(settings, environ, Path(".env")):
+        print(line, flush=True)
+
+
 def lock(settings: Settings, environ: Mapping[str, str], path: Path) -> Iterator[str]:
     """Resolve both revisions and write them into the env file at `path`; lines that say what was done.
 

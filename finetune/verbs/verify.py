@@ -8,61 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from finetune.errors import HubError, SettingsError
-from finetune.run import folder, report
+from finetune.errors import OutputError, SettingsError
+from finetune.run import folder, inputs
+from finetune.run.record import Record, same
 from finetune.settings import Settings
-from finetune.sources import hub
-from finetune.sources.hub import Source
 from finetune.weights import merge as export
 
 
-def run(settings: Settings) -> Iterator[str]:
-    """Lines that say what was found, as it is found. Raises SettingsError that names each file or tensor that is wrong."""
+def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
+    for line in lines(settings):
+        print(line, flush=True)
+
+
+def lines(settings: Settings) -> Iterator[str]:
+    """Lines that say what was found, as it is found. Raises OutputError that names each file or tensor that is wrong."""
     output = Path(settings.output_dir)
     record = folder.verify(output)
     yield f"{output}: all {len(record['files'])} files are as the run wrote them"
     kept = {part for part in ("adapter", "merged") if (output / part).is_dir()}
     if not kept:
         return
+    try:
+        yield _weights(output, kept, record, settings)
+    except SettingsError as error:  # of a base that is the recorded one: so it is the output that does not fit
+        raise OutputError(*error.problems) from None
+
+
+def _weights(output: Path, kept: set[str], record: Record, settings: Settings) -> str:
+    """What was found of the weights, with the base where it is at hand."""
     if kept == {"adapter", "merged"}:
-        base, why_not = at_hand(record, settings)
+        base, why_not = inputs.base(record, settings)
         if base is not None:
-            made = record.get("verification")
-            found = export.compare(base, output, old=isinstance(made, dict) and "rounded" not in made)
+            found = export.compare(base, output)
             targets = found.changed + found.rounded_away + found.unreached
-            yield (
+            return (
                 f"{output / 'merged'}: {targets} tensors are base + adapter, rounded once; the other "
-                f"{report.same(found.kept, found.rounded)}; all are finite"
+                f"{same(found.kept, found.rounded)}; all are finite"
             )
-            return
         missing = f"that merged is base + adapter: {why_not}"
     else:
-        missing = f"that merged is base + adapter: only {kept.pop()} was kept"
-    yield f"{output}: {export.structure(output)}. Not checked: {missing}"
-
-
-def at_hand(record: Mapping[str, Any], settings: Settings) -> tuple[Source | None, str]:
-    """The base of the recorded run on this machine, or None and why not.
-
-    MODEL_NAME, where it is given, may say where the folder is now.
-    """
-    names = [record["settings"]["MODEL_NAME"], *([settings.model_name] if "model_name" in settings.given else [])]
-    reasons = []
-    for name in dict.fromkeys(names):
-        source = hub.cached(name, record["model"]["commit"])
-        if source is None:
-            reasons.append(f"the base {name} is not on this machine")
-            continue
-        try:
-            found = source.digests
-        except (SettingsError, HubError) as error:
-            reasons.append(str(error))
-            continue
-        recorded = record["model"]["files"]
-        if found == recorded:
-            return source, ""
-        differ = sorted(file for file in {*found, *recorded} if found.get(file) != recorded.get(file))
-        reasons.append(f"{name} is no longer the base of this run ({', '.join(differ)})")
-    return None, "; ".join(reasons) + ". MODEL_NAME says where it is"
+        missing = f"that merged is base + adapter: only {min(kept)} was kept"
+    return f"{output}: {export.structure(output)}. Not checked: {missing}"

@@ -16,6 +16,7 @@ from conftest import call, train
 from finetune.errors import MachineError
 from finetune.inference import answer
 from finetune.settings import Settings
+from finetune.verbs import ask as verb
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_damaged_weights_are_no_traceback(
 ) -> None:
     damage(run)
     found = ask(run, MODEL_NAME=original / "moved")
-    assert found.returncode == 2 and words in found.stderr and str(run) in found.stderr, found.stderr
+    assert found.returncode == 5 and words in found.stderr and str(run) in found.stderr, found.stderr
     assert "Traceback" not in found.stderr
 
 
@@ -93,7 +94,7 @@ def test_a_full_gpu_is_a_sentence(original: Path, run: Path, monkeypatch: pytest
     with monkeypatch.context() as patched:
         patched.setattr(AutoModelForCausalLM, "from_pretrained", full)
         with pytest.raises(MachineError, match="its weights do not fit the GPU's memory"):
-            answer.ask("What is it?", settings)
+            verb.run(settings, {}, "What is it?")
     monkeypatch.setattr(answer, "answer", full)
     with pytest.raises(MachineError, match=r"out of GPU memory .*MAX_NEW_TOKENS=200\.$"):
-        answer.ask("What is it?", settings)
+        verb.run(settings, {}, "What is it?")

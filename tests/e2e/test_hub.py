@@ -84,7 +84,7 @@ def test_a_push_that_fails_costs_nothing_and_the_next_one_goes_on(hub: HubServer
     assert published(hub, "tester/out") == on_disk(tmp_path / "out" / "adapter")
     (tmp_path / "out" / "adapter" / "adapter_config.json").write_text("{}")
     damaged = call(hub, tmp_path, "push", HF_TOKEN="hf_write", HUB_MODEL_ID="tester/out")
-    assert damaged.returncode == 2 and "adapter/adapter_config.json" in damaged.stderr
+    assert damaged.returncode == 5 and "adapter/adapter_config.json" in damaged.stderr
 
 
 def test_a_hiccup_at_the_commit_is_repeated(hub: HubServer, tmp_path: Path) -> None:

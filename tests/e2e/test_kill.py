@@ -279,5 +279,5 @@ def test_a_folder_with_strangers_files_is_not_overwritten(llama: Path, tmp_path:
     (tmp_path / "notes.txt").write_text("mine")
     values = {**QUICK, "MODEL_NAME": llama, "OUTPUT_DIR": tmp_path}
     refused = call("train", **values)
-    assert refused.returncode == 2 and "already holds adapter" in refused.stderr
+    assert refused.returncode == 5 and "already holds adapter" in refused.stderr
     assert call("train", **values, OVERWRITE=1).returncode == 0 and (tmp_path / "notes.txt").read_text() == "mine"

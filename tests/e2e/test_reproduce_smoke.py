@@ -12,7 +12,7 @@ import pytest
 
 import smoke_record
 from conftest import ROOT, call, environment, schema_errors
-from finetune.run import report
+from finetune.run import provenance
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -22,7 +22,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The committed record, or one made now where this machine is of a kind for which the committed bytes are not promised."""
     committed = json.loads(smoke_record.RECORD.read_text())
     assert not schema_errors(committed)
-    old, here = (smoke_record.kind(e) for e in (committed["environment"], report.environment(None, {})))
+    old, here = (smoke_record.kind(e) for e in (committed["environment"], provenance.environment(None, {})))
     if different := sorted(name for name in {*old, *here} if old.get(name) != here.get(name)):
         warnings.warn(
             f"benchmarks/smoke-cpu/run.json comes from another kind of machine ({', '.join(f'{n}: {old.get(n)}, here {here.get(n)}' for n in different)}); "

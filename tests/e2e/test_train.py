@@ -153,7 +153,7 @@ def test_verify_finds_what_was_changed(done: dict[str, Any]) -> None:
     target.write_bytes(whole + b" ")
     answer = call("verify", OUTPUT_DIR=done["output"])
     target.write_bytes(whole)
-    assert answer.returncode == 2 and "merged/config.json" in answer.stderr
+    assert answer.returncode == 5 and "merged/config.json" in answer.stderr
 
 
 def test_again_with_the_same_settings_trains_nothing(done: dict[str, Any]) -> None:
@@ -218,7 +218,11 @@ def test_sixteen_bit_training_full_epoch_and_messages(qwen2: Path, tmp_path: Pat
         qwen2, tmp_path / "out", DATASET_NAME=tmp_path / "chat.jsonl", DATASET_CONFIG="", MAX_STEPS="", NUM_TRAIN_EPOCHS=2,
         LOAD_IN_4BIT=0, TRAIN_ON="response", SAVE_ADAPTER=0, MAX_NEW_TOKENS=3, SAVE_STEPS=0, GRADIENT_CHECKPOINTING=0,
     )  # fmt: skip
-    assert record["training"]["steps"] == 6 and record["training"]["epoch"] == 2 and record["dataset"]["messages"]
+    assert (
+        record["training"]["steps"] == 6
+        and record["training"]["epoch"] == 2
+        and record["dataset"]["format"] == "messages"
+    )
     assert not (tmp_path / "out" / "adapter").exists() and (tmp_path / "out" / "merged" / "model.safetensors").is_file()
     assert call("ask", "What is 3?", OUTPUT_DIR=tmp_path / "out", MAX_NEW_TOKENS=3).returncode == 0
 

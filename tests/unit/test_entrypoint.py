@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from finetune.errors import Refusal, SettingsError
+from finetune.verbs import table
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "unsloth", "datasets", "huggingface_hub", "trl", "peft", "numpy")
@@ -132,6 +136,72 @@ def test_anything_else_is_run_as_a_command() -> None:
     assert missing.returncode == 127 and "verb" in missing.stderr
     empty = call("")  # docker run IMAGE "$COMMAND", where nobody set it
     assert empty.returncode == 127 and "an empty word" in empty.stderr and "Traceback" not in empty.stderr
+
+
+def test_a_verb_is_named_once(tmp_path: Path) -> None:
+    """Usage, README, make and the files beside the table all know the verbs of the table, and no others."""
+    shown = call("--help").stdout
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    files = {path.stem for path in (ROOT / "finetune" / "verbs").glob("*.py")} - {"__init__", "table"}
+    assert files == {verb.module.rpartition(".")[2] for verb in table.VERBS.values()}
+    assert table.readme() in readme, "run: make env-example"
+    for verb in table.VERBS.values():
+        assert re.search(rf"^  {re.escape(verb.typed)} +{re.escape(verb.help)}$", shown, re.MULTILINE)
+        target = (verb.name if verb.make is None else verb.make).split(" ")[0]
+        if target:
+            rule = rf"^{target}: main ## {re.escape(verb.help)}(: make .*)?\n\t@\$\(PYTHON_RUN\) entrypoint.py {verb.name}\b"
+            assert re.search(rule, makefile, re.MULTILINE), target
+    classes = {c.code for c in Refusal.__subclasses__()} | {0}
+    assert {int(code) for code in table.EXIT_CODES if code.isdigit()} == classes
+    listed = readme[readme.index("Exit codes: ") :].partition("\n`docker")[0].replace("\n", " ")
+    chinese = (ROOT / "README.zh-CN.md").read_text().partition("退出码：")[2].partition("\n\n")[0]
+    for code, meaning in table.EXIT_CODES.items():
+        assert f"{code} {meaning}" in listed.replace(" (everything stays on disk)", "")
+        assert all(f"{number} " in chinese or f"{number}、" in chinese for number in code.split(" and "))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], ("train", "", {})),
+        (["MAX_STEPS=3"], ("train", "", {"MAX_STEPS": "3"})),
+        (["verify"], ("verify", "", {})),
+        (["verify", "out/a=b", "SEED=1"], ("verify", "out/a=b", {"OUTPUT_DIR": "out/a=b", "SEED": "1"})),
+        (["verify", "OUTPUT_DIR=out"], ("verify", "", {"OUTPUT_DIR": "out"})),
+        (["ask", "a = b?", "SEED=1"], ("ask", "a = b?", {"SEED": "1"})),
+        (["push"], ("push", "", {})),
+        (["reproduce", "run.json"], ("reproduce", "run.json", {})),
+    ],
+)
+def test_what_is_typed(words: list[str], found: tuple[str, str, dict[str, str]]) -> None:
+    made = table.parse(words)
+    assert (made.verb.name, made.word, made.line) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["ask"], "ask: needs QUESTION, for example: ask 'What"),
+        (["reproduce", "SEED=1"], "reproduce: needs RUN_JSON, for"),
+    ],
+)
+def test_a_word_that_is_missing_is_named_with_an_example(words: list[str], sentence: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        table.parse(words)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_push_needs_what_publishing_needs_and_sets_nothing(tmp_path: Path) -> None:
+    answer = call("push", f"OUTPUT_DIR={tmp_path}")
+    assert answer.returncode == 2 and "HUB_MODEL_ID" in answer.stderr and "PUSH_TO_HUB" not in answer.stderr
+    empty = call("push", f"OUTPUT_DIR={tmp_path}", "HUB_MODEL_ID=a/b", HF_TOKEN="x", HF_HUB_OFFLINE="1")
+    assert empty.returncode == 4 and "HF_HUB_OFFLINE=1: publishing needs the Hub" in empty.stderr, empty.stderr
+
+
+@pytest.mark.parametrize("verb", ["verify", "ask"])
+def test_a_folder_without_a_run_has_its_own_exit_code(verb: str, tmp_path: Path) -> None:
+    answer = call(verb, *(["What?"] if verb == "ask" else []), f"OUTPUT_DIR={tmp_path}")
+    assert answer.returncode == 5 and "holds no finished run" in answer.stderr, answer.stderr
 
 
 def test_env_prints_the_reference() -> None:

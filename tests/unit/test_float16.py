@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.errors import Refusal
+from finetune.errors import Diverged
 from short_run import fit
 
 
@@ -58,5 +58,5 @@ def test_gradients_that_overflow_unscaled_have_diverged(
 
     monkeypatch.setattr(update.Updates, "piece", piece)
     scaled(monkeypatch, 4.0)
-    with pytest.raises(Refusal, match=r"step 3: .* diverged"):
+    with pytest.raises(Diverged, match=r"step 3: .* diverged"):
         fit(llama, tmp_path, MAX_STEPS="4", PER_DEVICE_TRAIN_BATCH_SIZE="1", GRADIENT_CHECKPOINTING="false")

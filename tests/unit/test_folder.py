@@ -12,7 +12,7 @@ import pytest
 
 import conftest
 from finetune import files
-from finetune.errors import MachineError, Refusal, SettingsError
+from finetune.errors import MachineError, OutputError, Refusal, SettingsError
 from finetune.run import folder, recipe
 from finetune.settings import Settings
 
@@ -63,7 +63,7 @@ def test_a_run_is_complete_with_all_that_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="engine: was a test, is now another"):
         folder.begin(settings(tmp_path), tmp_path, {"engine": "another"})
     (tmp_path / folder.IDENTITY).write_text("{")
-    with pytest.raises(SettingsError, match=r"identity\.json: cannot be read"):
+    with pytest.raises(OutputError, match=r"identity\.json: cannot be read"):
         folder.begin(settings(tmp_path), tmp_path, identity)
 
 
@@ -209,7 +209,7 @@ def test_verify_after_a_killed_claim_finds_the_old_run(tmp_path: Path) -> None:
     (tmp_path / folder.ASIDE).mkdir()
     (tmp_path / "checkpoints").rename(tmp_path / folder.ASIDE / "checkpoints")
     (tmp_path / "run.json").rename(tmp_path / folder.ASIDE / "run.json")
-    with pytest.raises(SettingsError, match="schema_version"):  # and not: holds no finished run
+    with pytest.raises(OutputError, match="schema_version"):  # and not: holds no finished run
         folder.finished(tmp_path)
     assert (tmp_path / folder.IDENTITY).is_file()
 

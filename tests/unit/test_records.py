@@ -15,8 +15,9 @@ import pytest
 
 from conftest import ROOT, call, schema_errors
 from finetune import files
-from finetune.errors import NotReproduced, SettingsError
-from finetune.run import folder, inputs, records, report
+from finetune.errors import NotReproduced, OutputError, Refusal, SettingsError
+from finetune.run import folder, inputs, provenance, restore
+from finetune.run import record as records
 from finetune.settings import Settings
 from finetune.verbs import reproduce
 
@@ -25,15 +26,25 @@ TEXT = " \"in quotes\", 'both', with a comma "
 
 
 def record(**settings: Any) -> dict[str, Any]:
-    """As much of a run.json as is read, from settings that a program can have."""
-    values = Settings.from_env({"NUM_TRAIN_EPOCHS": "1.5", "DATASET_NAME": "org/rows", "PUSH_TO_HUB": "1", "HUB_MODEL_ID": "org/out", "HF_TOKEN": "x", "REPORT_TO": "wandb", "OVERWRITE": "1", "TARGET_MODULES": "q_proj,v_proj"}).record()  # fmt: skip
-    return {
-        "schema_version": 2, "settings": {**values, "SAMPLE_QUESTION": TEXT, **settings}, "engine": {"name": "transformers"},
-        "model": {"commit": "a" * 40, "files": {}}, "dataset": {"commit": None, "sha256": SHA, "tokens_sha256": SHA, "messages": False},
-        "training": {"losses": [2.0, 1.5, 1.25], "plan": {"micro_batch": 1, "accumulation": 1, "recomputed": 0, "layers": 2, "reason": "as set", "forecast_gib": None}},
-        "environment": {"gpu": None, "cpu_threads": 3, "packages": {"torch": "2"}, "variables": {"MKL_CBWR": "AVX2"}},
-        "files": {name: {"sha256": SHA, "bytes": 1} for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors", "run.md")},
-    }  # fmt: skip
+    """The committed run.json, with settings that a program can have and the hashes of few files."""
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "smoke-cpu" / "run.json").read_bytes())
+    given = {
+        "NUM_TRAIN_EPOCHS": "1.5",
+        "DATASET_NAME": "org/rows",
+        "PUSH_TO_HUB": "1",
+        "HUB_MODEL_ID": "org/out",
+        "HF_TOKEN": "x",
+        "REPORT_TO": "wandb",
+        "OVERWRITE": "1",
+        "TARGET_MODULES": "q_proj,v_proj",
+    }
+    found["settings"] = {**Settings.from_env(given).record(), "SAMPLE_QUESTION": TEXT, **settings}
+    found["model"]["commit"] = "a" * 40
+    found["training"]["losses"] = [2.0, 1.5, 1.25]
+    found["environment"] |= {"cpu_threads": 3, "packages": {"torch": "2"}, "variables": {"MKL_CBWR": "AVX2"}}
+    names = ("adapter/adapter_model.safetensors", "merged/model.safetensors", "run.md")
+    found["files"] = {name: {"sha256": SHA, "bytes": 1} for name in names}
+    return found
 
 
 def written(folder: Path, content: Any) -> Path:
@@ -45,7 +56,7 @@ def written(folder: Path, content: Any) -> Path:
 def test_settings_come_from_the_record_and_the_line_alone(tmp_path: Path) -> None:
     path = written(tmp_path, record())
     environ = {"SEED": "9", "HF_TOKEN": "secret", "HF_HOME": "/cache", "MKL_CBWR": "other", "ATEN_CPU_CAPABILITY": "avx2", "TOLERANCE": "1"}  # fmt: skip
-    layered, line = reproduce.restore(path, environ, {"LORA_R": "4"})
+    layered, line = restore.restore(path, environ, {"LORA_R": "4"})
     assert layered == {"HF_TOKEN": "secret", "HF_HOME": "/cache", "MKL_CBWR": "AVX2", "OMP_NUM_THREADS": "3"}
     settings = Settings.from_env(layered, line)
     wanted = {
@@ -61,15 +72,15 @@ def test_settings_come_from_the_record_and_the_line_alone(tmp_path: Path) -> Non
 
 def test_a_record_under_another_name_has_a_folder_of_its_own(tmp_path: Path) -> None:
     path = written(tmp_path, record()).rename(tmp_path / "smoke.json")
-    assert reproduce.restore(path, {}, {})[1]["OUTPUT_DIR"] == str(tmp_path / "smoke-reproduced")
+    assert restore.restore(path, {}, {})[1]["OUTPUT_DIR"] == str(tmp_path / "smoke-reproduced")
 
 
 @pytest.mark.parametrize("given", ["{}", "{}/../{}", "{}/sub", "{}/adapter/../new/sub"])
 def test_the_folder_of_the_record_is_never_written_to(tmp_path: Path, given: str) -> None:
     path = written(tmp_path, record())
     with pytest.raises(SettingsError, match="folder of the recorded run"):
-        reproduce.restore(path, {}, {"OUTPUT_DIR": given.format(tmp_path, tmp_path.name), "OVERWRITE": "1"})
-    beside = reproduce.restore(path, {}, {"OUTPUT_DIR": f"{tmp_path}-2"})[1]["OUTPUT_DIR"]
+        restore.restore(path, {}, {"OUTPUT_DIR": given.format(tmp_path, tmp_path.name), "OVERWRITE": "1"})
+    beside = restore.restore(path, {}, {"OUTPUT_DIR": f"{tmp_path}-2"})[1]["OUTPUT_DIR"]
     assert beside == f"{tmp_path}-2"
 
 
@@ -83,36 +94,46 @@ def test_the_folder_of_the_record_is_known_however_it_is_written(
     (tmp_path / "outputs").mkdir()
     path = written(tmp_path / "outputs", record())
     with pytest.raises(SettingsError, match="folder of the recorded run"):
-        reproduce.restore(path, {}, {"OUTPUT_DIR": given.format(path.parent)})
+        restore.restore(path, {}, {"OUTPUT_DIR": given.format(path.parent)})
 
 
 def test_nothing_is_pushed(tmp_path: Path) -> None:
     path = written(tmp_path, record())
     with pytest.raises(SettingsError, match="publishes nothing"):
-        reproduce.restore(path, {}, {"PUSH_TO_HUB": "yes"})
+        restore.restore(path, {}, {"PUSH_TO_HUB": "yes"})
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", ["cannot be read as JSON"]), ("[]", ["no schema_version"]), ("{}", ["no schema_version"]),
-        ({"schema_version": 1, "environment": {"program": "0.1.0", "revision": "abc"}}, ["schema_version 1", "revision abc"]),
-        ({"schema_version": 99, "environment": 5}, ["schema_version 99"]), ("[" * 100_000, ["cannot be read as JSON"]),
-        ({"schema_version": 3}, ["schema_version 3, and this program reads 2"]),
+        ("{", ["cannot be read as JSON"]),
+        ("[]", ["no schema_version"]),
+        ("{}", ["no schema_version"]),
+        (
+            {"schema_version": 2, "environment": {"program": "0.1.0", "revision": "abc"}},
+            ["schema_version 2", "revision abc"],
+        ),
+        ({"schema_version": 99, "environment": 5}, ["schema_version 99"]),
+        ("[" * 100_000, ["cannot be read as JSON"]),
+        ({"schema_version": 4}, ["schema_version 4, and this program reads 3"]),
+        ({"schema_version": "\ud800"}, ['schema_version "\\ud800"']),
         ({**record(), "files": {"run.md": {"sha256": SHA, "bytes": 1}}}, ["holds no weights"]),
-        ({**record(), "model": {"commit": 1}, "training": []}, ["model.commit is 1; it takes a text", "model.files is missing", "training is a list; it takes an object"]),
+        (
+            {**record(), "model": {"commit": 1}, "training": []},
+            ["model.commit is 1; it takes a text", "model.files is missing", "training is a list; it takes an object"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_records_that_cannot_be_used(tmp_path: Path, content: Any, words: list[str]) -> None:
     path = written(tmp_path, content)
     with pytest.raises(SettingsError) as caught:
-        reproduce.restore(path, {}, {})
+        restore.restore(path, {}, {})
     assert all(word in str(caught.value) for word in [*words, str(path)]), caught.value
 
 
 def test_no_record_at_all(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"run\.json: there is no such file"):
-        reproduce.restore(tmp_path, {}, {})
+        restore.restore(tmp_path, {}, {})
 
 
 def test_a_record_that_names_a_secret_or_another_setting_is_refused_before_a_file_is_read(tmp_path: Path) -> None:
@@ -122,9 +143,10 @@ def test_a_record_that_names_a_secret_or_another_setting_is_refused_before_a_fil
         HF_TOKEN_FILE=str(tmp_path / "private"), WANDB_API_KEY="opensesame", hf_token="opensesame", FROM_LATER="1"
     )
     path = written(tmp_path, record(**odd))
-    answer = call("reproduce", str(path), timeout=60)
-    assert answer.returncode == 2 and all(name in answer.stderr for name in odd), answer.stderr
-    assert "opensesame" not in answer.stderr and "private" not in answer.stderr
+    for words, code in ((["reproduce", str(path)], 2), (["verify", str(tmp_path)], 5)):
+        answer = call(*words, timeout=60)
+        assert answer.returncode == code and all(f"settings holds {name}; it takes" in answer.stderr for name in odd)
+        assert "opensesame" not in answer.stderr and "private" not in answer.stderr
 
 
 def changed(losses: list[float] | None = None, sha: str = "f" * 64, **settings: Any) -> dict[str, Any]:
@@ -164,7 +186,7 @@ def test_a_missing_shard_is_a_difference(tmp_path: Path) -> None:
 def test_a_run_json_that_is_no_record_is_named(content: str | bytes, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(
-        SettingsError, match=r"run\.json: (cannot be read as JSON|is not the record|has schema_version 99)"
+        OutputError, match=r"run\.json: (cannot be read as JSON|is not the record|has schema_version 99)"
     ):
         folder.verify(tmp_path)
 
@@ -172,26 +194,54 @@ def test_a_run_json_that_is_no_record_is_named(content: str | bytes, tmp_path: P
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("settings", None), ("settings.MODEL_NAME", 5), ("settings.LOAD_IN_4BIT", "yes"), ("settings.PROMPT_COLUMNS", ["a", 5]),
-        ("settings.PROMPT_TEMPLATE", []), ("engine", "unsloth"), ("model", None), ("model.files", []),
-        ("model.files", {"config.json": 5}), ("model.commit", {}), ("dataset.messages", 0), ("training.plan", 5),
-        ("training.plan.micro_batch", 0), ("training.plan.accumulation", True), ("training.plan.layers", "30"),
-        ("training.plan.forecast_gib", "1"), ("training.losses", ["a"]), ("training.losses", [1.5, None]), ("training.losses", {}),
-        ("environment.cpu_threads", 0), ("environment.variables", {"SEED": 1}), ("files", []), ("files", {"a": None}), ("files", {"/etc/passwd": {"sha256": SHA, "bytes": 1}}), ("files", {"a/../../b": {"sha256": SHA, "bytes": 1}}),
-        ("files", {"a": {}}), ("files", {"a": {"sha256": SHA, "bytes": "1"}}), ("files", {"a": {"sha256": 1, "bytes": 1}}),
+        ("settings", None),
+        ("settings.MODEL_NAME", 5),
+        ("settings.LOAD_IN_4BIT", "yes"),
+        ("settings.PROMPT_COLUMNS", ["a", 5]),
+        ("settings.PROMPT_TEMPLATE", []),
+        ("engine", "unsloth"),
+        ("engine.name", "tensorflow"),
+        ("model", None),
+        ("model.files", []),
+        ("model.files", {"config.json": 5}),
+        ("model.commit", {}),
+        ("dataset.format", False),
+        ("dataset.format", "no such"),
+        ("training.plan", 5),
+        ("training.plan.micro_batch", 0),
+        ("training.plan.accumulation", True),
+        ("training.plan.layers", "30"),
+        ("training.plan.forecast_gib", "1"),
+        ("training.plan.dequantized", 1),
+        ("training.losses", ["a"]),
+        ("training.losses", [1.5, None]),
+        ("training.losses", {}),
+        ("training.losses", []),
+        ("environment.cpu_threads", 0),
+        ("environment.variables", {"SEED": 1}),
+        ("environment.variables", {"lower": "1"}),
+        ("verification", []),
+        ("files", []),
+        ("files", {"a": None}),
+        ("files", {"/etc/passwd": {"sha256": SHA, "bytes": 1}}),
+        ("files", {"a/../../b": {"sha256": SHA, "bytes": 1}}),
+        ("files", {"a": {}}),
+        ("files", {"a": {"sha256": SHA, "bytes": "1"}}),
+        ("files", {"a": {"sha256": 1, "bytes": 1}}),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_part_is_named_by_all_who_read_it_and_by_the_schema(part: str, value: Any, tmp_path: Path) -> None:
     whole = json.loads((ROOT / "benchmarks" / "smoke-cpu" / "run.json").read_bytes())
     *outer, last = part.split(".")
     inside = functools.reduce(operator.getitem, outer, whole)
 
     def check() -> None:
-        assert schema_errors(whole) or outer == ["settings"]  # of which finetune/settings.py says what they take
+        assert schema_errors(whole)
         path = written(tmp_path, whole)
-        for reader in (folder.finished, folder.verify, lambda output: reproduce.restore(output, {}, {})):
-            with pytest.raises(SettingsError) as caught:
+        for reader in (folder.finished, folder.verify, lambda output: restore.restore(output, {}, {})):
+            with pytest.raises(Refusal) as caught:
                 reader(tmp_path)
+            assert caught.value.code == (5 if reader in (folder.finished, folder.verify) else 2)
             assert str(caught.value).startswith(f"{path}: {part}") and "it takes " in str(caught.value)
             assert caught.value.problems[-1].startswith(f"{path}: is not a whole record")
 
@@ -204,29 +254,62 @@ def test_a_damaged_part_is_named_by_all_who_read_it_and_by_the_schema(part: str,
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("training.losses", [float("nan")]), ("training.losses", [1.5, float("inf")]), ("training.losses", [10**400]),
-        ("environment.variables", {"MKL_CBWR": "\0"}), ("environment.variables", {"MKL_CBWR": "\ud800"}),
+        ("training.losses", [float("nan")]),
+        ("training.losses", [1.5, float("inf")]),
+        ("training.losses", [10**400]),
+        ("settings.LEARNING_RATE", float("nan")),
+        ("settings.PROMPT_TEMPLATE", "\0"),
+        ("settings.MODEL_NAME", "\ud800"),
+        ("environment.variables", {"MKL_CBWR": "\0"}),
+        ("environment.variables", {"MKL_CBWR": "\ud800"}),
+        ("files", {"\0": {"sha256": SHA, "bytes": 1}}),
+        ("timings.total_s", float("inf")),
     ],
-)  # fmt: skip
+)
 def test_what_json_can_hold_and_no_run_can_write_is_named(part: str, value: Any, tmp_path: Path) -> None:
     """NaN passed any TOLERANCE where it was not the first difference."""
     whole = record()
-    outer, last = part.split(".")
-    whole[outer][last] = value
+    *outer, last = part.split(".")
+    functools.reduce(operator.getitem, outer, whole)[last] = value
     written(tmp_path, whole)
-    with pytest.raises(SettingsError, match=rf"run\.json: {part}.* it takes a"):
+    with pytest.raises(OutputError, match=rf"run\.json: {part}.* it takes (a|names)"):
         folder.finished(tmp_path)
 
 
-def test_recorded_runs_are_read() -> None:
-    for path in (ROOT / "benchmarks" / "h100" / "whole-run.json", *(ROOT / "benchmarks" / "smoke-cpu").glob("*.json")):
-        assert not schema_errors(records.read(path))
+def test_recorded_runs_are_read_and_older_ones_are_told_from_which_program() -> None:
+    for path in (ROOT / "benchmarks" / "smoke-cpu").glob("*.json"):
+        assert not schema_errors(records.read(path, SettingsError))
+    with pytest.raises(
+        SettingsError, match=r"has schema_version 2.* Use the program that wrote it \(version 0\.1\.0, rev"
+    ):
+        records.read(ROOT / "benchmarks" / "h100" / "whole-run.json", SettingsError)
+
+
+def test_the_schema_is_made_of_the_description() -> None:
+    """Of what a reader takes it takes more measurements, and no more of what decides."""
+    assert json.loads((ROOT / "finetune" / "run.schema.json").read_bytes()) == records.schema(), "run: make env-example"
+    whole = record()
+    whole["files"] |= {name: {"sha256": SHA, "bytes": 1} for name in records.PAGES}
+    whole["timings"]["more_s"], whole["training"]["more"], whole["more"] = 1.0, {}, {}
+    assert not records.problems(whole) and not schema_errors(whole)
+    for section in ("model", "dataset", "settings"):
+        other = copy.deepcopy(whole)
+        other[section]["more"] = 1
+        assert records.problems(other) == [
+            p for p in records.problems(other) if p.startswith(f"{section} holds more; ")
+        ]
+        assert records.problems(other) and schema_errors(other)
+
+
+def test_what_no_reader_would_take_is_not_written() -> None:
+    with pytest.raises(ValueError, match=r"run\.json: memory is missing"):
+        records.made(**{name: part for name, part in record().items() if name != "memory"})
 
 
 def test_every_kind_of_cpu_that_is_said_to_made_the_same_bytes() -> None:
-    made = [records.read(path) for path in (ROOT / "benchmarks" / "smoke-cpu").glob("*.json")]
+    made = [records.read(path, SettingsError) for path in (ROOT / "benchmarks" / "smoke-cpu").glob("*.json")]
     assert len({record["environment"]["cpu"] for record in made}) == len(made) > 1
-    assert len({json.dumps([reproduce.weights(record), record["training"]["losses"]]) for record in made}) == 1
+    assert len({json.dumps([records.weights(record), record["training"]["losses"]]) for record in made}) == 1
 
 
 def test_tokens_are_only_spoken_of_where_rows_and_model_are_the_recorded_ones() -> None:
@@ -237,7 +320,11 @@ def test_tokens_are_only_spoken_of_where_rows_and_model_are_the_recorded_ones() 
 
     def refused(model: str, tokens: str) -> str:
         source = SimpleNamespace(name="base", commit=None, digests={"config.json": model})
-        parts: list[Any] = [source, SimpleNamespace(name="rows.jsonl", sha256=SHA), SimpleNamespace(sha256=tokens, date=None)]
+        parts: list[Any] = [
+            source,
+            SimpleNamespace(name="rows.jsonl", sha256=SHA),
+            SimpleNamespace(sha256=tokens, date=None),
+        ]
         with pytest.raises(SettingsError) as caught:
             inputs.check(*parts, wanted)
         return str(caught.value)
@@ -249,10 +336,10 @@ def test_tokens_are_only_spoken_of_where_rows_and_model_are_the_recorded_ones() 
 def test_the_lock_of_a_record_is_the_one_that_was_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.prefix", str(tmp_path))
     beside = files.sha256(ROOT / "docker" / "requirements.txt")
-    assert report.environment(None, {})["lock_sha256"] == beside  # an environment of the user's own
+    assert provenance.environment(None, {})["lock_sha256"] == beside  # an environment of the user's own
     other = files.sha256(ROOT / "docker" / "requirements-cu128.txt")
     (tmp_path / ".stamp-main").write_text(f"3.12 {other}  -\n")
-    assert report.environment(None, {})["lock_sha256"] == other
+    assert provenance.environment(None, {})["lock_sha256"] == other
 
 
 def test_a_reproduction_does_not_replace_its_own_base(tmp_path: Path) -> None:

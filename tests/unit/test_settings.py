@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import SettingsError
-from finetune.settings import Secret, Settings, declarations, reference, table
+from finetune.settings import Secret, Settings, declarations, reference, table, text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,21 +29,53 @@ def test_defaults_are_the_recipe() -> None:
     assert s.prompt_columns + s.completion_columns == ("Question", "Complex_CoT", "Response")
     assert (s.lora_r, s.lora_alpha, s.lora_dropout, s.lora_bias, s.use_rslora) == (16, 16, 0, "none", False)
     assert s.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    assert (s.per_device_train_batch_size, s.gradient_accumulation_steps, s.rows_per_update) == (2, 4, 8)
+    assert (s.per_device_train_batch_size, s.gradient_accumulation_steps, s.rows_per_update) == ("auto", "auto", 8)
     assert (s.warmup_steps, s.max_steps, s.learning_rate, s.lr_scheduler_type) == (5, 60, 2e-4, "linear")
     assert (s.optim, s.weight_decay, s.seed, s.logging_steps) == ("adamw_8bit", 0.01, 3407, 10)
-    assert (s.gradient_checkpointing, s.dataset_num_proc, s.max_new_tokens) == ("unsloth", 2, 1200)
-    assert s.run_name == "DeepSeek-R1-Medical-COT" and s.given == frozenset()
+    assert (s.gradient_checkpointing, s.dataset_num_proc, s.max_new_tokens) == ("auto", 2, 1200)
+    assert s.run_name == "DeepSeek-R1-Medical-COT" and s.full_determinism == "auto"
 
 
-@pytest.mark.parametrize("text", ["1", "true", "YES", " on ", '"1"', "'true'"])
-def test_true(text: str) -> None:
-    assert Settings.from_env({"SAVE_MERGED": text, "OVERWRITE": text}).overwrite is True
+@pytest.mark.parametrize(
+    ("rows", "passes", "micro_batch", "in_all"),
+    [("", "", None, 8), ("auto", "AUTO", None, 8), ("3", "", 3, 12), ("", "5", 2, 10), ("2", "4", 2, 8)],
+)
+def test_what_is_auto_is_planned_and_a_number_is_kept(
+    rows: str, passes: str, micro_batch: int | None, in_all: int
+) -> None:
+    s = Settings.from_env({"PER_DEVICE_TRAIN_BATCH_SIZE": rows, "GRADIENT_ACCUMULATION_STEPS": passes})
+    assert (s.micro_batch, s.rows_per_update) == (micro_batch, in_all)
 
 
-@pytest.mark.parametrize("text", ["0", "false", "No", "OFF"])
-def test_false(text: str) -> None:
-    assert Settings.from_env({"LOAD_IN_4BIT": text}).load_in_4bit is False
+def test_checkpointing_that_is_auto_is_planned() -> None:
+    wanted = {"": None, "auto": None, "unsloth": True, "1": True, "true": True, "0": False, "false": False}
+    for value, recomputes in wanted.items():
+        assert Settings.from_env({"GRADIENT_CHECKPOINTING": value}).recomputes is recomputes
+
+
+def test_equal_records_are_equal_settings() -> None:
+    """What decides stands in the record: passing it on, as `reproduce` does, changes nothing."""
+    for given in (
+        {},
+        {"GRADIENT_CHECKPOINTING": "unsloth"},
+        {"PER_DEVICE_TRAIN_BATCH_SIZE": "2"},
+        {"FULL_DETERMINISM": "0"},
+    ):
+        s = Settings.from_env(given)
+        again = Settings.from_env({name: text(value) for name, value in s.record().items()})
+        assert again.record() == s.record() and again == s
+        assert (again.micro_batch, again.recomputes) == (s.micro_batch, s.recomputes)
+        assert (s.record() == Settings.from_env({}).record()) == (not given)
+
+
+@pytest.mark.parametrize("word", ["1", "true", "YES", " on ", '"1"', "'true'"])
+def test_true(word: str) -> None:
+    assert Settings.from_env({"SAVE_MERGED": word, "OVERWRITE": word}).overwrite is True
+
+
+@pytest.mark.parametrize("word", ["0", "false", "No", "OFF"])
+def test_false(word: str) -> None:
+    assert Settings.from_env({"LOAD_IN_4BIT": word}).load_in_4bit is False
 
 
 def test_empty_means_unset() -> None:
@@ -59,6 +91,8 @@ def test_empty_means_unset() -> None:
         ("LOAD_IN_4BIT", "2"), ("OPTIM", "adam"), ("LORA_DROPOUT", "1"), ("TARGET_MODULES", "q_proj,,v_proj"),
         ("TARGET_MODULES", "q_proj,q_proj"), ("SEED", "-1"), ("DATASET_SPLIT", "train[0-500]"), ("HUB_MODEL_ID", "a/b/c"),
         ("NUM_TRAIN_EPOCHS", "0"), ("ENGINE", "vllm"), ("REPORT_TO", "mlflow"), ("DATASET_NUM_PROC", "0"),
+        ("FULL_DETERMINISM", "maybe"), ("GRADIENT_ACCUMULATION_STEPS", "0"), ("PER_DEVICE_TRAIN_BATCH_SIZE", "automatic"),
+        ("LORA_R", "auto"),
     ],
 )  # fmt: skip
 def test_refused_values_name_variable_rule_and_example(name: str, value: str) -> None:
@@ -140,6 +174,9 @@ def test_secrets_never_show() -> None:
 def test_a_push_needs_name_and_token_before_anything_else() -> None:
     message = refused({"PUSH_TO_HUB": "1", "SAVE_ADAPTER": "0"})
     assert "HUB_MODEL_ID=" in message and "HF_TOKEN" in message and "SAVE_ADAPTER" in message
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({}, {"MAX_STEPS": "0"}, publishes=True)
+    assert len(caught.value.problems) == 3 and not any("PUSH_TO_HUB" in problem for problem in caught.value.problems)
 
 
 def test_every_default_passes_its_own_check() -> None:

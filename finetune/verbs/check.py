@@ -1,0 +1,14 @@
+"""`check`: can this machine make the run that the settings ask for? Nothing is downloaded, and torch is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from finetune.machine import preflight
+from finetune.run import inputs
+from finetune.settings import Settings
+
+
+def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
+    found = preflight.check(settings, preflight.gpus(environ), environ, missing=inputs.missing(settings))
+    print(*found, "settings: all good", sep="\n")

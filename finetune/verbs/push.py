@@ -1,0 +1,16 @@
+"""`push`: publish what an earlier run left in OUTPUT_DIR, once every file was found to be as the run wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetune.run import folder
+from finetune.settings import Settings
+from finetune.sources import hub
+
+
+def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
+    hub.login(settings, publishes=True)
+    folder.verify(Path(settings.output_dir))
+    hub.publish(settings, Path(settings.output_dir))
