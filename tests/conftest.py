@@ -22,6 +22,12 @@ QUICK = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def device() -> str:
+    """Where a test computes; tests/gpu runs the same tests with another."""
+    return "cpu"
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.model(tmp_path_factory.mktemp("llama"), "llama", shards=True)

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import console, data, engines
+from finetune import console, data
+from finetune.engines import refusals
 from finetune.errors import HubError, Refusal, SettingsError
 from finetune.run import folder
 from finetune.settings import Settings
@@ -17,9 +18,11 @@ from finetune.verbs import verify
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from finetune.engines.engine import Engine
+
 
 def sample(
-    engine: engines.Engine, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings
+    engine: Engine, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings
 ) -> Callable[[str], str]:
     """A function that gives `model` the prompt, and says whether before or after training; "" where nothing is asked."""
 
@@ -81,6 +84,8 @@ def ask(question: str, settings: Settings) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from finetune.engines import precision
+
     output = Path(settings.output_dir)
     record = folder.finished(output)
     console.quiet()
@@ -89,19 +94,19 @@ def ask(question: str, settings: Settings) -> None:
         raise SettingsError(
             f"OUTPUT_DIR={output}: neither adapter nor merged weights are there; train with SAVE_ADAPTER=1"
         )
-    dtype = engines.compute_dtype(settings)
+    dtype = precision.compute_dtype(settings)
     place: dict[str, Any] = dict(dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"})
     base = _base(record, settings, output) if there[0] == output / "adapter" else None
     found = there[0] if base else output / "merged"
     own = hub.Source(str(found), None, found)
-    with engines.loading(base or own, variable="MODEL_NAME" if base else "OUTPUT_DIR"):
+    with refusals.loading(base or own, variable="MODEL_NAME" if base else "OUTPUT_DIR"):
         four_bits = bool(base and record["settings"]["LOAD_IN_4BIT"])
         if four_bits:
-            place["quantization_config"] = engines.nf4(dtype)
+            place["quantization_config"] = precision.nf4(dtype)
         model: Any = AutoModelForCausalLM.from_pretrained((base or own).folder, trust_remote_code=False, **place)
-    engines.settle_4bit(settings.replaced(load_in_4bit=four_bits), model)
+    precision.settle_4bit(settings.replaced(load_in_4bit=four_bits), model)
     if base:
-        with engines.loading(own, "verify says which of its files is damaged", "OUTPUT_DIR"):
+        with refusals.loading(own, "verify says which of its files is damaged", "OUTPUT_DIR"):
             model = PeftModel.from_pretrained(model, found)
     loaded = data.tokenizer(own)
     as_trained = settings.replaced(
@@ -111,7 +116,7 @@ def ask(question: str, settings: Settings) -> None:
     )
     form = data.format_of(bool(record["dataset"]["messages"]), loaded, as_trained, folder.day_of(record))
     model.eval()
-    with engines.memory_told("ask for fewer tokens, for example MAX_NEW_TOKENS=200"):
+    with refusals.memory_told("ask for fewer tokens, for example MAX_NEW_TOKENS=200"):
         answer(model, loaded, form.prompt(question), settings.max_new_tokens or 1200, show=True)
 
 

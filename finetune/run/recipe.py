@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import console, data, engines
+from finetune import console, data
+from finetune.engines import refusals
+from finetune.engines.choose import choose
 from finetune.inference import answer
 from finetune.machine import preflight
 from finetune.run import folder, inputs, report
@@ -24,7 +26,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     clock, output, visible = report.Clock(), Path(settings.output_dir), preflight.gpus(environ)
     print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
     hub.login(settings)
-    with folder.locked(output), engines.memory_told():
+    with folder.locked(output), refusals.memory_told():
         train_in(output, clock, visible, settings, environ, recorded)
     hub.publish(settings)
 
@@ -39,9 +41,11 @@ def train_in(
     preflight.check(settings, visible, environ, count=preflight.parameters(str(source.folder)))
     _ = source.hashing  # begins
     clock.mark("inputs_s")
-    choice = engines.choose(settings, visible[0] if visible else None, source.config())
+    choice = choose(settings, visible[0] if visible else None, source.config())
     console.phase("loading", choice.describe())
     engine = choice.open(settings)
+    from finetune.engines import checks
+
     console.quiet()
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
@@ -55,7 +59,7 @@ def train_in(
     clock.mark("data_s")
 
     model = engine.load(settings, source)
-    engines.check_fits(model, settings, tokens)
+    checks.check_fits(model, settings, tokens)
     if settings.save_merged:
         weights.check_mergeable(model, source)
     folder.claim(settings, output, identity)

@@ -22,7 +22,7 @@ from finetune.environment import NUMERIC
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
-    from finetune.engines import Choice
+    from finetune.engines.choose import Choice
     from finetune.machine.preflight import Gpu
     from finetune.settings import Settings
     from finetune.sources.hub import Source

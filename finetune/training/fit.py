@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import console
+from finetune import console, patches
 from finetune.settings import Settings
 from finetune.training import checkpoints, plan
 from finetune.training import planner as planning
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.data import Tokens
-    from finetune.engines import Choice, Engine
+    from finetune.engines.choose import Choice
+    from finetune.engines.engine import Engine
     from finetune.run.inputs import Record
     from finetune.training.trainer import OurTrainer
 
@@ -75,23 +76,19 @@ def fit(
 
     from finetune.training.trainer import OurTrainer, peak_gib
 
-    initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer = OurTrainer(
-        model=model, args=_arguments(settings, folder), train_dataset=tokens.dataset, processing_class=tokenizer
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name in initial:
-                p.data = initial[name]  # trl turns a 4-bit model's adapter to bfloat16, where updates of 2e-4 are lost
+    with patches.adapter_keeps_its_type(model):
+        trainer = OurTrainer(
+            model=model, args=_arguments(settings, folder), train_dataset=tokens.dataset, processing_class=tokenizer
+        )
     followed = recorded["training"]["plan"] if recorded else None
     resume = checkpoints.newest(folder)
     with (
         _signals(trainer),
         _deterministic(choice.deterministic),
-        _optimizer_does_not_wait(settings),
+        patches.optimizer_does_not_wait(settings.optim),
         engine.path(model, choice, settings.rows_per_update, tokens.longest, tokens.common) as packed,
     ):
-        recompute = functools.partial(engine.recompute, model, trainer.args)
+        recompute = functools.partial(engine.recompute, model)
         planned = "gradient_checkpointing" not in settings.given
         trainer.begin(folder, settings.save_total_limit, packed, recompute, may_recompute=planned)
         if resume is not None:
@@ -103,6 +100,7 @@ def fit(
         trainer.plan = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
         plan_s = time.perf_counter() - began
         recompute(trainer.plan.recomputed)
+        trainer.args.gradient_checkpointing = engine.checkpointing(trainer.plan.recomputed)
         print(f"plan: {trainer.plan.describe()}", flush=True)
         trainer.progress = console.Progress(
             planning.updates(settings, tokens), settings.logging_steps, len(trainer.metrics)
@@ -151,7 +149,7 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
     import torch
     from trl import SFTConfig
 
-    from finetune.engines import compute_dtype
+    from finetune.engines.precision import compute_dtype
 
     cuda, dtype = torch.cuda.is_available(), compute_dtype(settings)
     return SFTConfig(
@@ -184,20 +182,6 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
         disable_tqdm=True,
         dataloader_pin_memory=False,  # rows become tensors later
     )
-
-
-@contextlib.contextmanager
-def _optimizer_does_not_wait(settings: Settings) -> Iterator[None]:
-    """bitsandbytes waits for the GPU after each of 448 tensors, 40 ms an update on an H100. On one stream only paging needs that."""
-    from bitsandbytes.optim import optimizer
-
-    before = optimizer.sync_gpu
-    if not settings.optim.startswith("paged"):
-        optimizer.sync_gpu = lambda tensor: None
-    try:
-        yield
-    finally:
-        optimizer.sync_gpu = before
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from finetune.data import Tokens
-    from finetune.engines import Engine
+    from finetune.engines.engine import Engine
     from finetune.training.trainer import OurTrainer
 
 MOST_UPDATES = 2000  # whose lengths are looked at; a longer run has its way out when memory runs out after all
@@ -92,22 +92,22 @@ class Planner:
         packed = self.trainer.packed
         if not packed:
             return dataclasses.replace(chosen, embedding_on_host=False, dequantized=False)
-        packed.place_embedding(self.model, chosen.embedding_on_host)
-        return dataclasses.replace(chosen, dequantized=packed.dequantize(self.model, chosen.dequantized))
+        packed.place_embedding(chosen.embedding_on_host)
+        return dataclasses.replace(chosen, dequantized=packed.dequantize(chosen.dequantized))
 
     def _dequantized(self) -> plan.Plan | None:
         """The plan with the weights dequantized, where whole updates without recomputing fit beside them."""
         import torch
 
-        packed, model, limit = self.trainer.packed, self.model, self.limit
+        packed, limit = self.trainer.packed, self.limit
         assert limit is not None
         if (
             not packed
-            or not 0 < ROOM_TO_DEQUANTIZE * packed.dequantized_bytes(model) < limit - torch.cuda.memory_allocated()
+            or not 0 < ROOM_TO_DEQUANTIZE * packed.dequantized_bytes() < limit - torch.cuda.memory_allocated()
         ):
             return None
-        cost = self._measured() if packed.dequantize(model, True) else None
-        packed.dequantize(model, False)
+        cost = self._measured() if packed.dequantize(True) else None
+        packed.dequantize(False)
         if cost is None:
             return None
         found = self._chosen(cost)
@@ -117,12 +117,12 @@ class Planner:
 
     def _narrow(self) -> plan.Plan:
         """The plan with the weights in 4 bits alone, and the embedding moved away where that helps."""
-        packed, model = self.trainer.packed, self.model
-        movable = packed.movable(model) if packed else 0
+        packed = self.trainer.packed
+        movable = packed.movable() if packed else 0
         cost = self._measured()
         on_host = cost is None and movable > 0
         if packed and on_host:
-            packed.place_embedding(model, on_host)
+            packed.place_embedding(on_host)
             cost = self._measured()
         if cost is None:
             alone = self._as_set("as set: there was no memory to measure what a token costs")

@@ -27,7 +27,7 @@ from finetune.training import checkpoints
 from finetune.training.plan import Plan, pieces
 
 if TYPE_CHECKING:
-    from finetune.engines.compiled.path import Packed
+    from finetune.engines.compiled.path import MicroBatches
 
 Row = dict[str, Any]
 
@@ -66,7 +66,12 @@ class OurTrainer(SFTTrainer):
     progress: console.Progress
 
     def begin(
-        self, folder: Path, keep: int, packed: Packed | None, recompute: Callable[[int], None], may_recompute: bool
+        self,
+        folder: Path,
+        keep: int,
+        packed: MicroBatches | None,
+        recompute: Callable[[int], None],
+        may_recompute: bool,
     ) -> None:
         """folder, keep: where checkpoints go, and how many stay. packed: the compiled path's way to make a micro-batch.
 
@@ -157,7 +162,7 @@ class OurTrainer(SFTTrainer):
     def loss_of(self, model: Any, rows: Sequence[Row], count: Any) -> Any:
         """The share of some rows in the loss of an update, with its graph; also before `train` has begun."""
         if self.packed is not None:
-            return self.packed.loss(model, self.packed.pack(rows), count)
+            return self.packed.loss(rows, count)
         with self.compute_loss_context_manager(), self.accelerator.autocast():  # the model is not wrapped in it yet
             return self.compute_loss(model, self._prepare_inputs(self.collate(list(rows))), num_items_in_batch=count)
 
@@ -186,7 +191,7 @@ class OurTrainer(SFTTrainer):
         again = f"out of GPU memory: update {self.state.global_step + 1} is repeated"
         if self.packed and before.dequantized:
             print(f"{again} with the weights in 4 bits alone", flush=True)
-            self.packed.dequantize(self.model, False)
+            self.packed.dequantize(False)
             return dataclasses.replace(before, dequantized=False, reason="weights not dequantized: out of GPU memory")
         if before.micro_batch == 1 and before.recomputed < before.layers and self.may_recompute:
             print(f"{again} with the activations of all layers recomputed", flush=True)

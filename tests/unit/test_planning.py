@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune.engines import plain as engine
-from finetune.engines.compiled.path import Packed
+from finetune.engines.compiled.path import MicroBatches
 from finetune.settings import Settings
 from finetune.training import plan, probe
 from finetune.training import planner as planning
@@ -22,7 +22,7 @@ class Trainer:
     pads = False
 
     def __init__(self, longest: int, shared: int, places: int):
-        self.packed = Packed(places, longest, "cpu", shared) if places else None
+        self.packed = MicroBatches(None, places, longest, "cpu", shared) if places else None
         self.train_dataset = self
         self.passes: list[tuple[list[list[int]], int]] = []
         self.row = list(range(longest))
@@ -103,10 +103,10 @@ def test_rows_that_are_filled_up_are_measured_with_a_mask(longest: int, set_rows
 
 def test_a_followed_plan_is_compiled_for_the_same_sizes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = plan.Plan(8, 1, 0, 4, "recorded")
-    monkeypatch.setattr(Packed, "place_embedding", lambda self, model, on_host: None)
-    monkeypatch.setattr(Packed, "dequantize", staticmethod(lambda model, on: on))
-    monkeypatch.setattr(Packed, "dequantized_bytes", staticmethod(lambda model: 0))
-    monkeypatch.setattr(Packed, "movable", staticmethod(lambda model: 0))
+    monkeypatch.setattr(MicroBatches, "place_embedding", lambda self, on_host: None)
+    monkeypatch.setattr(MicroBatches, "dequantize", lambda self, on: on)
+    monkeypatch.setattr(MicroBatches, "dequantized_bytes", lambda self: 0)
+    monkeypatch.setattr(MicroBatches, "movable", lambda self: 0)
     monkeypatch.setattr(planning.Planner, "_chosen", lambda self, cost: recorded)
     monkeypatch.setattr(engine, "layers", lambda model: 4)
     monkeypatch.setattr(probe, "_pass", lambda run, tokens, recomputed: probe.Pass(1, 1, 1, 1.0))
