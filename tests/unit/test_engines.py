@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from finetune.choose import Choice, choose
 from finetune.engines import adapter, checks, passes, refusals, targets
 from finetune.engines import plain as engine
+from finetune.engines.choose import Choice, choose
 from finetune.errors import MachineError, SettingsError
 from finetune.machine import preflight
 from finetune.settings import Settings
