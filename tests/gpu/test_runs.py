@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import tiny
 from conftest import QUICK, ROOT, call, train
 
-ON_GPU = {"CUDA_VISIBLE_DEVICES": "0", "LEARNING_RATE": "1e-3"}
+ON_GPU = {"CUDA_VISIBLE_DEVICES": "0", "MAX_STEPS": "8", "WARMUP_STEPS": "0", "LEARNING_RATE": "1e-2"}
 
 
 def adapter(output: Path) -> dict[str, Any]:
@@ -26,9 +26,9 @@ def adapter(output: Path) -> dict[str, Any]:
 
 
 def trained(record: dict[str, Any]) -> None:
-    """It took its three updates, and the last one's loss is lower than the first one's."""
+    """It took its updates, and the last ones' losses are lower than the first ones'."""
     losses = record["training"]["losses"]
-    assert len(losses) == 3 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    assert len(losses) == 8 and all(map(math.isfinite, losses)) and max(losses[-2:]) < min(losses[:2])
 
 
 def test_the_compiled_path_gives_the_same_adapter_twice(llama: Path, tmp_path: Path) -> None:
