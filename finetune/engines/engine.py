@@ -10,7 +10,7 @@ from finetune.settings import Settings
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from finetune.engines.compiled.path import MicroBatches
+    from finetune.engines.compiled.path import Packed
     from finetune.sources.hub import Source
 
 
@@ -50,7 +50,7 @@ class Engine(Protocol):
 
     def path(
         self, model: PeftModel, choice: Chosen, max_rows: int, longest: int, shared: int
-    ) -> AbstractContextManager[MicroBatches | None]:
+    ) -> AbstractContextManager[Packed | None]:
         """The model set up for training for a while. Yields the compiled path's micro-batches, or None: the trainer makes its own.
 
         max_rows: the most rows of a micro-batch. longest: tokens of the longest row. shared: tokens that all rows begin with, whose

@@ -16,7 +16,7 @@ from finetune.settings import Settings
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from finetune.engines.compiled.path import MicroBatches
+    from finetune.engines.compiled.path import Packed
     from finetune.engines.engine import Chosen
     from finetune.sources.hub import Source
 
@@ -119,15 +119,15 @@ def answering(model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def path(model: PeftModel, choice: Chosen, max_rows: int, longest: int, shared: int) -> Iterator[MicroBatches | None]:
+def path(model: PeftModel, choice: Chosen, max_rows: int, longest: int, shared: int) -> Iterator[Packed | None]:
     """The compiled path where it was chosen; else nothing changes."""
     if not choice.compiled:
         yield None
         return
     from finetune.engines.compiled.path import applied
 
-    with applied(model, max_rows, longest, shared=shared) as micro_batches:
-        yield micro_batches
+    with applied(model, max_rows, longest, shared=shared) as packed:
+        yield packed
 
 
 def layers(model: PeftModel) -> int:

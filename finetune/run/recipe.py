@@ -15,7 +15,6 @@ from finetune.machine import preflight
 from finetune.run import folder, inputs, report
 from finetune.settings import Settings
 from finetune.sources import hub
-from finetune.training import fit as train
 from finetune.weights import merge as export
 from finetune.weights import shards as weights
 
@@ -68,7 +67,9 @@ def train_in(
     ask = answer.sample(engine, model, tokenizer, asked.prompt(settings.sample_question), settings)
     before = ask("before")
     clock.mark("before_s")
-    console.phase("training", train.describe(settings, tokens))
+    from finetune.training import fit as train  # trl, which unsloth must be imported before
+
+    console.phase("training", train.describe(train.order_of(settings, tokens)))
     fit = train.fit(model, tokens, tokenizer, settings, choice, engine, output / "checkpoints", recorded)
     clock.mark("train_s")
     after = ask("after")

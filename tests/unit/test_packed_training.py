@@ -15,9 +15,7 @@ from finetune.engines import plain as engine
 from finetune.engines.choose import Choice
 from finetune.engines.compiled import attention
 from finetune.engines.compiled import path as compiled
-from finetune.engines.compiled.path import MicroBatches
 from finetune.training import fit as train
-from finetune.training import planner as planning
 from short_run import fit
 
 
@@ -78,13 +76,13 @@ def test_nothing_moves_the_model_while_it_is_trained(
     from finetune.training import trainer
 
     moved: list[Any] = []
-    begin = trainer.OurTrainer.begin
+    begin = trainer.UpdateTrainer.__init__
 
     def watched(self: Any, *args: Any, **options: Any) -> None:
         begin(self, *args, **options)
         monkeypatch.setattr(PeftModel, "to", lambda self, *where, **options: moved.append(where) or self)
 
-    monkeypatch.setattr(trainer.OurTrainer, "begin", watched)
+    monkeypatch.setattr(trainer.UpdateTrainer, "__init__", watched)
     losses(llama, tmp_path)
     assert not moved
 
@@ -99,7 +97,7 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
     from finetune.training import plan, probe
 
     places: list[bool] = []
-    place = MicroBatches.place_embedding
+    place = compiled.Packed.place_embedding
 
     def placed(self: Any, on_host: bool) -> None:
         places.append(on_host)
@@ -112,11 +110,11 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
             layers=2, fixed=plan.GIB, outside=0, kept=1, kept_recomputed=1, work=0, work_token=0, loss=0, loss_token=0
         )
 
-    monkeypatch.setattr(MicroBatches, "place_embedding", placed)
+    monkeypatch.setattr(compiled.Packed, "place_embedding", placed)
     monkeypatch.setattr(probe, "measure", measure)
     for limit, on_host in ((8.0, False), (1.1, True)):
         places.clear()
-        monkeypatch.setattr(planning, "memory", lambda settings, limit=limit: limit * plan.GIB)
+        monkeypatch.setattr(train, "planner_memory", lambda settings, limit=limit: limit * plan.GIB)
         losses(llama, tmp_path / str(limit))
         assert places == [True, on_host] and ("on the host" in capsys.readouterr().out) == on_host
 
@@ -124,10 +122,11 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
 def test_weights_are_dequantized_where_whole_updates_fit_beside_them(
     llama: Path, tmp_path: Path, attended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.training import plan, probe, trainer
+    from finetune.training import plan, probe, update
 
     dequantized: list[bool] = []
-    real = trainer.OurTrainer.piece
+    seen: list[int] = []
+    real = update.Updates.piece
 
     def dequantize(self: Any, on: bool) -> bool:
         dequantized.append(on)
@@ -137,24 +136,25 @@ def test_weights_are_dequantized_where_whole_updates_fit_beside_them(
         """How weights of `wide` bytes were placed on a card of 8 GiB, where a token and layer takes `kept` bytes."""
         nothing: Any = dict.fromkeys(("outside", "kept_recomputed", "work", "work_token", "loss", "loss_token"), 0)
         cost = plan.Cost(layers=2, fixed=plan.GIB, kept=kept, **nothing)
-        monkeypatch.setattr(MicroBatches, "dequantized_bytes", lambda self: wide)
+        monkeypatch.setattr(compiled.Packed, "dequantized_bytes", lambda self: wide)
         monkeypatch.setattr(probe, "measure", lambda *args, **options: cost)
         dequantized.clear()
         choice = Choice("transformers", "a test", compiled=True, deterministic=True)
         return dequantized, fit(llama, tmp_path / name, choice)[0]
 
     def piece(self: Any, *args: Any) -> Any:
-        if self.plan.dequantized and len(self.metrics) == 1:
+        seen.append(1)
+        if self.plan.dequantized and len(seen) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return real(self, *args)
 
-    monkeypatch.setattr(planning, "memory", lambda settings: 8.0 * plan.GIB)
-    monkeypatch.setattr(MicroBatches, "dequantize", dequantize)
+    monkeypatch.setattr(train, "planner_memory", lambda settings: 8.0 * plan.GIB)
+    monkeypatch.setattr(compiled.Packed, "dequantize", dequantize)
     assert course("fits", plan.GIB, 1)[0] == [True, False, True]  # measured, and then placed as planned
     assert course("must-recompute", plan.GIB, 1e9)[0] == [True, False, False]
     assert course("too-large", 3 * plan.GIB, 1)[0] == [False]
     assert course("16-bits", 0, 1)[0] == [False]
-    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+    monkeypatch.setattr(update.Updates, "piece", piece)
     found, done = course("runs-out", plan.GIB, 1)
     assert found == [True, False, True, False]
     assert (done.plan.dequantized, done.plan.micro_batch, len(done.metrics)) == (False, 4, 3)

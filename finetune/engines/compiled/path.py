@@ -39,7 +39,7 @@ torch.compiler.config.cache_key_tag = "".join(
 @contextlib.contextmanager
 def applied(
     model: PeftModel, max_rows: int, longest: int, device: str = "cuda", shared: int = 0
-) -> Iterator[MicroBatches]:  # fmt: skip
+) -> Iterator[Packed]:  # fmt: skip
     """`model` on this path for a while; generation works before and after, not in between. On a CPU nothing is compiled.
 
     max_rows: the most rows of a micro-batch. longest: tokens of the longest. shared: tokens and labels that all rows begin with.
@@ -50,7 +50,7 @@ def applied(
         raise NotImplementedError(
             f"attention scaled by {odd}; torch 2.10's kernel has the usual head_dim ** -0.5 alone"
         )
-    made = MicroBatches(model, max_rows, longest, device, _computed_once(model, max_rows, shared))
+    made = Packed(model, max_rows, longest, device, _computed_once(model, max_rows, shared))
     with contextlib.ExitStack() as undo:
         undo.callback(base.set_attn_implementation, model.config._attn_implementation)
         base.set_attn_implementation(attention.NAME)
@@ -81,8 +81,8 @@ def _any_length(states: torch.Tensor, *dimensions: int) -> torch.Tensor:
     return states
 
 
-@dataclasses.dataclass(frozen=True)
-class MicroBatches:
+@dataclasses.dataclass
+class Packed:
     """How a micro-batch of `model` is made and computed. max_rows, longest: bounds on its rows and on their tokens.
 
     shared: tokens that all rows begin with and that are computed once.
@@ -93,6 +93,7 @@ class MicroBatches:
     longest: int
     device: str
     shared: int = 0
+    pads = False  # no row is filled up
 
     def pack(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         """Lay rows end to end, with their shared prefix once before them. ids and positions: (1, tokens); labels: (tokens,).
