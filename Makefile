@@ -20,7 +20,7 @@ smoke test: export OMP_WAIT_POLICY ?= passive
 SCRIPTS = .ci/run $(wildcard scripts/*.sh docker/*.sh benchmarks/*.sh)
 PYTHON_FILES = entrypoint.py finetune $(wildcard scripts/*.py docker/*.py)
 
-.PHONY: help train push-hub check smoke ask reproduce verify lock-inputs test bench lint env-example lock image image-reproducible test-image clean clean-all main dev
+.PHONY: help train push-hub check smoke ask reproduce verify lock-inputs test test-gpu bench lint env-example lock image image-reproducible test-image clean clean-all main dev
 
 help: ## this list
 	@printf 'usage: make TARGET [NAME=value ...]      for example: make train MAX_STEPS=60\n\n'
@@ -54,6 +54,9 @@ lock-inputs: main ## write the commits that MODEL_REVISION and DATASET_REVISION 
 
 test: dev ## unit and end-to-end tests (ARGS goes to pytest: make test ARGS="-k merge")
 	@$(PYTHON_RUN) -m pytest tests/unit tests/e2e $(ARGS)
+
+test-gpu: dev ## the tests that need a CUDA GPU, within 10 minutes; where there is none, this fails
+	@$(PYTHON_RUN) -m pytest tests/gpu $(ARGS)
 
 bench: main ## time every engine and two baselines on a GPU, side by side
 	@$(PYTHON_RUN) scripts/bench.py $(ARGS)

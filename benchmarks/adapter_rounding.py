@@ -4,7 +4,7 @@
 
 A layer's output is about 1, and its adapter's share 3e-4: less than the last bit. For each shape (tokens, out, in) the share that is
 found in the output, as the regression of output - rounded product on the share: 1 where the sum is rounded once (or fairly),
-less where the product is rounded first. `in place`: as finetune::adapted_linear adds; `apart`: as peft does.
+less where the product is rounded first. `in place`: as finetune::lora_linear adds; `apart`: as peft does.
 """
 
 from __future__ import annotations

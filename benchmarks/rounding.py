@@ -24,8 +24,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune import data, engines, files  # noqa: E402
-from finetune.engines import compiled  # noqa: E402
+from finetune import data, files  # noqa: E402
+from finetune.engines import adapter  # noqa: E402
+from finetune.engines.compiled import attention  # noqa: E402
+from finetune.engines.compiled import path as compiled  # noqa: E402
 from finetune.run import provenance  # noqa: E402
 from finetune.settings import Settings  # noqa: E402
 from finetune.sources import hub  # noqa: E402
@@ -34,10 +36,10 @@ ROWS, RATES = 4, [0, 4e-5, 8e-5, 12e-5, 16e-5, *[2e-4] * 7]  # the recipe's warm
 Row = dict[str, list[int]]
 
 
-def attention(q: Any, k: Any, v: Any, ends: Any, key_ends: Any, *_: Any, **__: Any) -> Any:
+def attend(q: Any, k: Any, v: Any, cu_seqlens: Any, cu_seqlens_k: Any, *_: Any, **__: Any) -> Any:
     """What torch.nn.attention.varlen computes, which has no kernel for a CPU; in float32. Keys lie as the queries do."""
     place = torch.arange(len(q))
-    row = torch.searchsorted(ends, place.to(ends.dtype), right=True)
+    row = torch.searchsorted(cu_seqlens, place.to(cu_seqlens.dtype), right=True)
     seen = (row[:, None] == row[None]) & (place[:, None] >= place[None])
     dtype = q.dtype
     q, k, v = (states.transpose(0, 1).float() for states in (q, k, v))
@@ -58,7 +60,7 @@ def model_of(folder: str, dtype: torch.dtype) -> Any:
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(dtype).requires_grad_(False)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = engines.begin_adapter(get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules=targets)), 3407)
+    model = adapter.begin(get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules=targets)), 3407)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -88,7 +90,7 @@ def course(kind: str, folder: str, updates: list[list[Row]]) -> list[float]:
             for layer in decoder.layers:
                 layer.compile()
         return train(
-            model, updates, rates, lambda rows: packed.loss(model, packed.pack(rows), torch.tensor(labels_of(rows)))
+            model, updates, rates, lambda rows: packed.loss(rows, torch.tensor(labels_of(rows)))
         )  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def train(
 
 def main(out: Path) -> None:
     """Train in all ways and write the losses, and their largest distance from float32's."""
-    compiled.varlen_attn = attention
+    attention.varlen_attn = attend
     command = [sys.executable, str(ROOT / "scripts" / "smoke_model.py")]
     folder = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     settings = Settings.from_env({"MODEL_NAME": folder, "DATASET_NAME": "samples", "MAX_SEQ_LENGTH": "160"})

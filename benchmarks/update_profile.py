@@ -69,13 +69,13 @@ def main(words: list[str]) -> None:
     work, folder = Path(os.environ.get("WORK", "/tmp/work")), out.parent / "profiled"
     given = dict(word.split("=", 1) for word in words)
     settings = Settings.from_env(bench.workload(work, folder, PLAIN + 2 * EACH) | given)
-    profiler, begin = Profiler(), trainer.OurTrainer.begin
+    profiler, made = Profiler(), trainer.UpdateTrainer.__init__
 
-    def begin_profiled(self: Any, *args: Any, **kwargs: Any) -> None:
-        begin(self, *args, **kwargs)
+    def made_profiled(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
         self.add_callback(profiler)
 
-    trainer.OurTrainer.begin = begin_profiled  # type: ignore[method-assign]
+    trainer.UpdateTrainer.__init__ = made_profiled  # type: ignore[method-assign]
     recipe.run(settings, os.environ)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((folder / "run.json").read_text())

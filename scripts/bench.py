@@ -159,7 +159,7 @@ def machine() -> dict[str, Any]:
     if not visible:
         sys.exit("error: no GPU is visible, and there is nothing to time without one")
     gpu = visible[0]
-    code = "from finetune import probe; print(probe.speed(8192))"
+    code = "from finetune.training import probe; print(probe.speed(8192))"
     speed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120).stdout
     return dict(gpu=gpu.name, driver=gpu.driver, versions=provenance.versions(), flop_per_s=float(speed or "nan"))
 

@@ -22,6 +22,35 @@ QUICK = {
 }  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is no GPU, skip tests/gpu."""
+    for item in items:
+        if _needs_gpu(item):
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and none is visible"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tests of which all were skipped for want of a GPU are not done: the end is that of no tests at all, 5."""
+    if session.exitstatus == pytest.ExitCode.OK and session.items and all(map(_needs_gpu, session.items)):
+        import torch
+
+        if not torch.cuda.is_available():
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def _needs_gpu(item: pytest.Item) -> bool:
+    return ROOT / "tests" / "gpu" in item.path.parents
+
+
+@pytest.fixture
+def device() -> str:
+    """Where a test computes; tests/gpu runs the same tests with another."""
+    return "cpu"
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.model(tmp_path_factory.mktemp("llama"), "llama", shards=True)

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from finetune import data, engines
+from finetune import data
 from finetune.engines import plain as engine
+from finetune.engines.choose import Choice, choose
 from finetune.settings import Settings
 from finetune.sources import hub
 from finetune.training import fit as train
 
 
 def fit(
-    llama: Path, output: Path, choice: engines.Choice | None = None, **values: Any
+    llama: Path, output: Path, choice: Choice | None = None, **values: Any
 ) -> tuple[train.Fit, dict[str, torch.Tensor]]:
     """What training did, and the adapter it ended with. choice: else the one for a machine without GPU."""
     settings = Settings.from_env(
@@ -30,5 +31,5 @@ def fit(
     tokens = data.tokenize(data.load(settings), tokenizer, settings)
     assert tokens.common < tokens.longest  # rows that differ
     model = engine.load(settings, source)
-    done = train.fit(model, tokens, tokenizer, settings, choice or engines.choose(settings, None, {}), engine, output)
+    done = train.fit(model, tokens, tokenizer, settings, choice or choose(settings, None, {}), engine, output)
     return done, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -112,7 +112,9 @@ def seeing(folder: Path, kind: str) -> Path:
     return folder
 
 
-def varlen_attention(q: Any, k: Any, v: Any, ends: Any, key_ends: Any, *_: Any, window_size: tuple[int, int]) -> Any:
+def varlen_attention(
+    q: Any, k: Any, v: Any, cu_seqlens: Any, cu_seqlens_k: Any, *_: Any, window_size: tuple[int, int]
+) -> Any:
     """What torch.nn.attention.varlen computes, for a CPU, where it has no kernel: each row by itself, to its last key."""
     import itertools
 
@@ -121,7 +123,7 @@ def varlen_attention(q: Any, k: Any, v: Any, ends: Any, key_ends: Any, *_: Any, 
     assert window_size == (-1, 0)
     parts = []
     for (start, end), (key_start, key_end) in zip(
-        itertools.pairwise(ends.tolist()), itertools.pairwise(key_ends.tolist()), strict=True
+        itertools.pairwise(cu_seqlens.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True
     ):
         a, b, c = (
             states[slice(*where)].transpose(0, 1)[None]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from finetune import engines
+from finetune import patches
+from finetune.engines import refusals, targets
 from finetune.errors import MachineError
 from finetune.settings import Settings
-from finetune.sources.hub import Source
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from finetune.engines.engine import Chosen
+    from finetune.sources.hub import Source
 
 
 PARTIAL = False
@@ -29,6 +32,7 @@ def prepare(settings: Settings) -> None:
             f"ENGINE=unsloth: unsloth does not start here ({error}). Check that `nvidia-smi` and torch see the GPU, or set "
             "ENGINE=transformers."
         ) from None
+    from trl import SFTTrainer  # noqa: F401  (the one that unsloth has patched)
 
 
 def load(settings: Settings, source: Source) -> PeftModel:
@@ -36,40 +40,39 @@ def load(settings: Settings, source: Source) -> PeftModel:
 
     `source.folder` is a folder, so no name is mapped to a quantised mirror of other weights.
     """
+    import torch
     from unsloth import FastLanguageModel
 
-    engines.check_causal(source)
-    with engines.loading(source, "unsloth cannot; try ENGINE=transformers"):
+    from finetune.engines import adapter, checks, precision
+
+    checks.check_causal(source)
+    with refusals.loading(source, "unsloth cannot; try ENGINE=transformers"):
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(source.folder),
             max_seq_length=settings.max_seq_length,
-            dtype=engines.compute_dtype(settings),
+            dtype=precision.compute_dtype(settings),
             load_in_4bit=settings.load_in_4bit,
             trust_remote_code=False,
         )
-    engines.settle_4bit(settings, model)
-    import torch
-
-    prefix = engines.outside_text(model)
+    precision.settle_4bit(settings, model)
+    prefix = targets.outside_text(model)
     modules = [(name, module) for name, module in model.named_modules() if name.startswith(prefix)]
     linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
-    engines.check_targets(settings, linear)
-    engines.tell_outside(prefix)
+    targets.check_targets(settings, linear)
+    targets.tell_outside(prefix)
     adapted: PeftModel = FastLanguageModel.get_peft_model(
         model,
         r=settings.lora_r,
-        target_modules=engines.targets(settings.target_modules, linear, prefix),  # it leaves an expression as it is
+        target_modules=targets.targets(settings.target_modules, linear, prefix),  # it leaves an expression as it is
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         bias=settings.lora_bias,
-        use_gradient_checkpointing={"auto": "unsloth", "unsloth": "unsloth", "true": True, "false": False}[
-            settings.gradient_checkpointing
-        ],
+        use_gradient_checkpointing={"true": True, "false": False}.get(settings.gradient_checkpointing, "unsloth"),
         random_state=settings.seed,
         use_rslora=settings.use_rslora,
         loftq_config=None,
     )
-    return engines.begin_adapter(adapted, settings.seed)
+    return adapter.begin(adapted, settings.seed)
 
 
 @contextlib.contextmanager
@@ -84,9 +87,7 @@ def answering(model: PeftModel) -> Iterator[None]:
         FastLanguageModel.for_training(model)
 
 
-def path(
-    model: PeftModel, choice: engines.Choice, places: int, longest: int, common: int
-) -> AbstractContextManager[None]:
+def path(model: PeftModel, choice: Chosen, max_rows: int, longest: int, shared: int) -> AbstractContextManager[None]:
     """unsloth has patched the model already."""
     return contextlib.nullcontext()
 
@@ -96,11 +97,15 @@ def layers(model: PeftModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
-def recompute(model: PeftModel, arguments: Any, count: int) -> None:
-    """Recompute the activations of all layers, or of none. unsloth's trainer asks model and argument again when it begins."""
+def recompute(model: PeftModel, count: int) -> None:
+    """Recompute the activations of all layers, or of none."""
     from unsloth import FastLanguageModel
 
     mode: str | bool = "unsloth" if count else False
-    arguments.gradient_checkpointing = bool(count)
-    model._unsloth_gradient_checkpointing = mode
+    patches.remember_checkpointing(model, mode)
     FastLanguageModel.for_training(model, use_gradient_checkpointing=mode)
+
+
+def checkpointing(count: int) -> bool:
+    """As it is: the trainer begins by asking its argument too."""
+    return bool(count)

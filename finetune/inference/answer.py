@@ -6,15 +6,17 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from finetune import console, engines
+from finetune import console
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from finetune.engines.engine import Engine
+
 
 def sample(
-    engine: engines.Engine, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings
+    engine: Engine, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings
 ) -> Callable[[str], str]:
     """A function that gives `model` the prompt, and says whether before or after training; "" where nothing is asked."""
 

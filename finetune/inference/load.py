@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finetune import data, engines
+from finetune import data
+from finetune.engines import precision, refusals
 from finetune.errors import OutputError, SettingsError
 from finetune.settings import Settings
 from finetune.sources.hub import Source
@@ -29,9 +30,9 @@ def load(folder: Path, base: Source | None, settings: Settings) -> tuple[Any, Pr
     does not hold the weights.
     """
     settings = settings.replaced(load_in_4bit=settings.load_in_4bit and base is not None)
-    with engines.loading(base) if base else _loading_output(folder):
-        dtype = engines.compute_dtype(settings)
-        four_bits = dict(quantization_config=engines.nf4(dtype)) if settings.load_in_4bit else {}
+    with refusals.loading(base) if base else _loading_output(folder):
+        dtype = precision.compute_dtype(settings)
+        four_bits = dict(quantization_config=precision.nf4(dtype)) if settings.load_in_4bit else {}
         model: Any = AutoModelForCausalLM.from_pretrained(
             base.folder if base else folder,
             dtype=dtype,
@@ -39,7 +40,7 @@ def load(folder: Path, base: Source | None, settings: Settings) -> tuple[Any, Pr
             trust_remote_code=False,
             **four_bits,
         )
-    engines.settle_4bit(settings, model)
+    precision.settle_4bit(settings, model)
     with _loading_output(folder):
         if base:
             model = PeftModel.from_pretrained(model, folder)
@@ -52,7 +53,7 @@ def _loading_output(folder: Path) -> Iterator[None]:
     """What a run wrote and a library refuses, as OutputError."""
     source = Source(str(folder), None, folder)
     try:
-        with engines.loading(source, "verify says which of its files is damaged", "OUTPUT_DIR"):
+        with refusals.loading(source, "verify says which of its files is damaged", "OUTPUT_DIR"):
             yield
     except SettingsError as error:
         raise OutputError(*error.problems) from None

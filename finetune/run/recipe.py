@@ -10,7 +10,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import console, data, engines
+from finetune import console, data
+from finetune.engines import refusals
+from finetune.engines.choose import choose
 from finetune.inference import answer
 from finetune.machine import preflight
 from finetune.run import folder, inputs, provenance, report
@@ -40,7 +42,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: Record | None 
     clock, output, visible = Clock(), Path(settings.output_dir), preflight.gpus(environ)
     print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
     hub.login(settings, publishes=settings.push_to_hub)
-    with folder.locked(output), engines.memory_told():
+    with folder.locked(output), refusals.memory_told():
         train_in(output, settings, environ, recorded, visible, clock)
     if settings.push_to_hub:
         folder.verify(output)
@@ -62,9 +64,11 @@ def train_in(
     preflight.check(settings, visible, environ, count=preflight.parameters(str(source.folder)))
     _ = source.hashing  # begins
     clock.mark("inputs_s")
-    choice = engines.choose(settings, gpu, source.config())
+    choice = choose(settings, gpu, source.config())
     console.phase("loading", choice.describe())
     engine = choice.open(settings)
+    from finetune.engines import checks
+
     console.quiet()
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
@@ -83,7 +87,7 @@ def train_in(
     clock.mark("data_s")
 
     model = engine.load(settings, source)
-    engines.check_fits(model, settings, tokens)
+    checks.check_fits(model, settings, tokens)
     if settings.save_merged:
         weights.check_mergeable(model, source)
     folder.claim(settings, output, identity)
@@ -95,7 +99,8 @@ def train_in(
     from finetune.training import fit as train  # trl, which unsloth must be imported before
 
     console.phase("training", train.describe(train.order_of(settings, tokens)))
-    fit = train.fit(model, tokens, tokenizer, settings, choice, engine, output / "checkpoints", recorded)
+    followed = recorded["training"]["plan"] if recorded else None
+    fit = train.fit(model, tokens, tokenizer, settings, choice, engine, output / "checkpoints", followed)
     clock.mark("train_s")
     after = ask("after")
     clock.mark("after_s")

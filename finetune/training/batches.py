@@ -21,7 +21,7 @@ HEAD_TOKENS = 32  # with which it is found out what a model does to its logits
 
 
 class MicroBatches(Protocol):
-    """Makes the loss of rows, and says what of its model can lie elsewhere. The compiled path has its own; else `Padded`, `Recipes`.
+    """Makes the loss of rows, and says what of its model can lie elsewhere. The compiled path's is `Packed`; else `Padded`, `Recipes`.
 
     shared: tokens that all rows begin with and a micro-batch computes once. pads: whether rows are filled up to the longest.
     """
@@ -66,31 +66,6 @@ class _InPlace:
 
     def dequantize(self, on: bool) -> bool:
         return False
-
-
-class Bound:
-    """The compiled path's micro-batches, bound to their model."""
-
-    pads = False
-
-    def __init__(self, model: PeftModel, packed: Any):
-        self.model, self.packed, self.shared = model, packed, packed.shared
-
-    def loss(self, rows: Sequence[Row], count: Tensor) -> Tensor:
-        loss: Tensor = self.packed.loss(self.model, self.packed.pack(rows), count)
-        return loss
-
-    def movable(self) -> int:
-        return int(self.packed.movable(self.model))
-
-    def place_embedding(self, on_host: bool) -> None:
-        self.packed.place_embedding(self.model, on_host)
-
-    def dequantized_bytes(self) -> int:
-        return int(self.packed.dequantized_bytes(self.model))
-
-    def dequantize(self, on: bool) -> bool:
-        return bool(self.packed.dequantize(self.model, on))
 
 
 class Padded(_InPlace):

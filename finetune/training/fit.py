@@ -8,18 +8,18 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from trl import SFTConfig
 
-from finetune import console
-from finetune.engines import compute_dtype
+from finetune import console, patches
+from finetune.engines.precision import compute_dtype
 from finetune.settings import Settings
 from finetune.training import checkpoints, plan
-from finetune.training.batches import Bound, MicroBatches, Padded, Recipes
+from finetune.training.batches import MicroBatches, Padded, Recipes
 from finetune.training.order import Order
 from finetune.training.planner import Planner
 from finetune.training.planner import memory as planner_memory
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.data import Tokens
-    from finetune.engines import Choice, Engine
-    from finetune.run.record import Record
+    from finetune.engines.choose import Choice
+    from finetune.engines.engine import Engine
 
 STREAM_ROWS = 64  # whose tokens are measured with
 
@@ -72,32 +72,32 @@ class Fit:
 
 def fit(
     model: PeftModel, tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings, choice: Choice,
-    engine: Engine, folder: Path, recorded: Record | None = None,
+    engine: Engine, folder: Path, recorded: Mapping[str, Any] | None = None,
 ) -> Fit:  # fmt: skip
     """Train the adapter of `model` in place, from the newest whole checkpoint in `folder` if there is one.
 
-    recorded: a run.json whose plan is followed: other pieces round differently.
+    recorded: the plan of a recorded run, which is followed: other pieces round differently.
 
     Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Diverged where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
     """
     arguments, stop, resume = _arguments(settings, folder), Stop(), checkpoints.newest(folder)
-    followed = recorded["training"]["plan"] if recorded else None
+    followed = recorded
     metrics: list[dict[str, float]] = []
     if resume is not None:
         print(f"going on from {resume}", flush=True)
         metrics = json.loads((resume / "metrics.json").read_bytes())
         followed = json.loads((resume / "plan.json").read_bytes())
-    recompute = functools.partial(engine.recompute, model, arguments)
+    recompute = functools.partial(engine.recompute, model)
     model.train()  # every module: a fresh PeftModel says that it trains, and its base, just loaded, does not
     order = order_of(settings, tokens)
     with (
         stop.on_signals(),
         _deterministic(choice.deterministic),
-        _optimizer_does_not_wait(settings),
+        patches.optimizer_does_not_wait(settings.optim),
         engine.path(model, choice, settings.rows_per_update, tokens.longest, tokens.common) as packed,
     ):
-        batches = Bound(model, packed) if packed else _batches(model, arguments, tokens, tokenizer, settings, choice)
+        batches = packed or _batches(model, arguments, tokens, tokenizer, settings, choice)
         stream = list(itertools.chain.from_iterable(tokens.dataset[:STREAM_ROWS]["input_ids"]))
         planner = Planner(
             model, batches, engine, recompute, settings, order, stream, tokens.longest, planner_memory(settings)
@@ -106,6 +106,7 @@ def fit(
         chosen = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
         plan_s = time.perf_counter() - began
         print(f"plan: {chosen.describe()}", flush=True)
+        arguments.gradient_checkpointing = engine.checkpointing(chosen.recomputed)
         updates = Updates(
             model, batches, chosen, settings.rows_per_update, recompute, may_recompute=settings.recomputes is None
         )
@@ -154,11 +155,8 @@ def _batches(
         return Padded(model, tokenizer, compute_dtype(settings), tokens.dataset[0])
     from trl import SFTTrainer
 
-    initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=tokens.dataset, processing_class=tokenizer)
-    for name, p in model.named_parameters():
-        if name in initial:
-            p.data = initial[name]  # trl turns a 4-bit model's adapter to bfloat16, where updates of 2e-4 are lost
+    with patches.adapter_keeps_its_type(model):
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=tokens.dataset, processing_class=tokenizer)
     return Recipes(trainer)
 
 
@@ -194,7 +192,7 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
         bf16=cuda and dtype is torch.bfloat16,
         fp16=cuda and dtype is torch.float16,
         use_cpu=not cuda,
-        gradient_checkpointing=False,  # see engines: recompute
+        gradient_checkpointing=False,  # the plan decides: Engine.recompute
         router_aux_loss_coef=0.0,  # the loss is the labels' alone: trl would add experts' balance, once for each piece
         max_length=settings.max_seq_length,
         dataset_num_proc=None,
@@ -208,20 +206,6 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
         remove_unused_columns=False,
         dataloader_pin_memory=False,  # rows become tensors later
     )
-
-
-@contextlib.contextmanager
-def _optimizer_does_not_wait(settings: Settings) -> Iterator[None]:
-    """bitsandbytes waits for the GPU after each of 448 tensors, 40 ms an update on an H100. On one stream only paging needs that."""
-    from bitsandbytes.optim import optimizer
-
-    before = optimizer.sync_gpu
-    if not settings.optim.startswith("paged"):
-        optimizer.sync_gpu = lambda tensor: None
-    try:
-        yield
-    finally:
-        optimizer.sync_gpu = before
 
 
 def describe(order: Order) -> str:

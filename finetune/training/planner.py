@@ -20,7 +20,7 @@ from finetune.training.update import forget
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from finetune.engines import Engine
+    from finetune.engines.engine import Engine
 
 MOST_UPDATES = 2000  # whose lengths are looked at; a longer run has its way out when memory runs out after all
 MOST_TOKENS = 1024  # of the passes that are measured

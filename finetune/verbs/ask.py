@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import console, data, engines
+from finetune import console, data
+from finetune.engines import refusals
 from finetune.errors import HubError, OutputError, Refusal, SettingsError
 from finetune.inference import answer, load
 from finetune.run import folder, inputs
@@ -40,7 +41,7 @@ def run(settings: Settings, environ: Mapping[str, str], question: str) -> None:
     )
     model, tokenizer = load.load(there[0] if base else output / "merged", base, as_trained)
     form = data.format_of(record["dataset"]["format"], tokenizer, as_trained, folder.day_of(record))
-    with engines.memory_told("ask for fewer tokens, for example MAX_NEW_TOKENS=200"):
+    with refusals.memory_told("ask for fewer tokens, for example MAX_NEW_TOKENS=200"):
         answer.answer(model, tokenizer, form.prompt(question), settings.max_new_tokens or LENGTH, show=True)
 
 

@@ -1,7 +1,8 @@
-"""The packed path: the same numbers as transformers + peft, row by row. On a GPU as it trains there; on a CPU uncompiled."""
+"""The packed path: the same numbers as transformers + peft, row by row. Here on a CPU, uncompiled; in tests/gpu on a GPU, as it trains there."""
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,22 @@ import pytest
 import torch
 
 import tiny
+from finetune.engines import plain as engine
+from finetune.engines import precision
+from finetune.engines.compiled import attention, cross_entropy
+from finetune.engines.compiled import path as compiled
+from finetune.settings import Settings
+from finetune.training import plan, probe
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 KINDS = ["llama", "qwen2", "qwen3"]
 COMMON = 40  # tokens that all rows begin with
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpu":
-        from finetune.engines.compiled import path as compiled
-
-        monkeypatch.setattr(compiled, "varlen_attn", tiny.varlen_attention)
-    return str(request.param)
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """tests/gpu runs the same tests with another."""
+    monkeypatch.setattr(attention, "varlen_attn", tiny.varlen_attention)
+    return "cpu"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -74,16 +78,13 @@ def packed_run(
     dequantized: bool = False,
 ) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of one update in pieces of `size` rows."""
-    from finetune.engines.compiled import path as compiled
-    from finetune.training import plan
-
     count, total = torch.tensor(labels_of(some), device=device), 0.0
     model.zero_grad()
     with compiled.applied(model, len(some), 200, device, common) as packed:
-        packed.place_embedding(model, on_host)
-        assert packed.dequantize(model, dequantized) == dequantized
+        packed.place_embedding(on_host)
+        assert packed.dequantize(dequantized) == dequantized
         for piece in plan.pieces(some, size):
-            loss = packed.loss(model, packed.pack(piece), count)
+            loss = packed.loss(piece, count)
             loss.backward()
             total += float(loss.detach())
     return total, [p.grad.detach().float().cpu().clone() for p in model.parameters() if p.requires_grad]
@@ -134,8 +135,6 @@ def test_an_update_is_the_same_in_any_pieces(folder: Path, device: str) -> None:
 
 
 def test_a_row_changes_no_other_row_s_loss(folder: Path, device: str) -> None:
-    from finetune.engines.compiled import path as compiled
-
     model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
     some = rows()
     other = [dict(row) for row in some]
@@ -145,16 +144,14 @@ def test_a_row_changes_no_other_row_s_loss(folder: Path, device: str) -> None:
     def alone(all_rows: list[dict[str, list[int]]], kept: int) -> float:
         masked = [row if i == kept else dict(row, labels=[-100] * len(row["labels"])) for i, row in enumerate(all_rows)]
         with torch.no_grad():
-            return float(packed.loss(model, packed.pack(masked), one))
+            return float(packed.loss(masked, one))
 
     with compiled.applied(model, len(some), 200, device, COMMON) as packed:
         before, after = ([alone(which, kept) for kept in range(8)] for which in (some, other))
     assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] + [True] * 4
 
 
-def test_a_common_beginning_is_computed_once(folder: Path, device: str) -> None:
-    from finetune.engines.compiled import path as compiled
-
+def test_a_shared_prefix_is_computed_once(folder: Path, device: str) -> None:
     model, some = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16), rows()
     sizes = [len(row["input_ids"]) for row in some]
     with compiled.applied(model, len(some), 200, device, COMMON) as packed:
@@ -162,11 +159,11 @@ def test_a_common_beginning_is_computed_once(folder: Path, device: str) -> None:
             made = packed.pack(some[:count])
             assert made["input_ids"].numel() == sum(sizes[:count]) - (count - 1) * (COMMON - 1)
             assert int(made["weights"].sum()) == labels_of(some[:count])
-            assert made["ends"].shape == made["key_ends"].shape == (10,)
+            assert made["cu_seqlens"].shape == made["cu_seqlens_k"].shape == (10,)
         with torch.no_grad():
             hidden = model.get_base_model().model(
                 inputs_embeds=model.get_input_embeddings()(made["input_ids"].to(device)), attention_mask=None,
-                use_cache=False, **{name: made[name] for name in ("position_ids", "ends", "key_ends", "spread", "longest")},
+                use_cache=False, **{name: made[name] for name in ("position_ids", "cu_seqlens", "cu_seqlens_k", "shared_prefix", "longest")},
             ).last_hidden_state  # fmt: skip
     if device == "cpu":
         alone = model.get_base_model().model(input_ids=torch.tensor([some[0]["input_ids"]])).last_hidden_state
@@ -174,10 +171,6 @@ def test_a_common_beginning_is_computed_once(folder: Path, device: str) -> None:
 
 
 def test_the_loss_holds_one_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    import weakref
-
-    from finetune.engines.compiled import path as compiled
-
     slopes: list[Any] = []
 
     def step(logits: torch.Tensor, *labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,12 +179,12 @@ def test_the_loss_holds_one_chunk_of_logits_at_a_time(monkeypatch: pytest.Monkey
         slopes.append(weakref.ref(slope))
         return losses, slope
 
-    real = compiled._step
-    monkeypatch.setattr(compiled, "_step", step)
-    monkeypatch.setattr(compiled, "LOSS_CHUNK", 8)
+    real = cross_entropy._step
+    monkeypatch.setattr(cross_entropy, "_step", step)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 8)
     hidden, weight = torch.randn(30, 4, requires_grad=True), torch.randn(20, 4)
     labels, counted = torch.randint(0, 20, (30,)), torch.randint(0, 3, (30,))
-    found = compiled.CrossEntropy.apply(hidden, weight, labels, counted)
+    found = cross_entropy.CrossEntropy.apply(hidden, weight, labels, counted)
     each = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none")
     assert len(slopes) == 4 and float(found.detach()) == pytest.approx(float((each * counted).sum()), rel=1e-5)
     (gradient,) = torch.autograd.grad(found, hidden)
@@ -199,9 +192,7 @@ def test_the_loss_holds_one_chunk_of_logits_at_a_time(monkeypatch: pytest.Monkey
     assert torch.allclose(gradient, expected, atol=1e-5)
 
 
-def test_dropout_leaves_each_row_its_own_beginning(folder: Path, device: str) -> None:
-    from finetune.engines.compiled import path as compiled
-
+def test_dropout_leaves_each_row_its_own_prefix(folder: Path, device: str) -> None:
     for dropout, shared in ((0.0, COMMON - 1), (0.1, 0)):
         model = adapted(folder, device, torch.float32, dropout=dropout)
         with compiled.applied(model, 8, 200, device, COMMON) as packed:
@@ -222,48 +213,38 @@ def test_the_same_bytes_each_time(folder: Path, device: str) -> None:
 
 
 def test_recomputed_layers_give_the_same_gradients(folder: Path, device: str) -> None:
-    from types import SimpleNamespace
-
-    from finetune.engines import plain as engine
-
     model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
     found = []
     for count in (0, 1, 2):
-        engine.recompute(model, SimpleNamespace(), count)
+        engine.recompute(model, count)
         found.append(packed_run(model, rows(), 4, device))
     assert all(distance(gradients, found[0][1]) < 1e-6 for _, gradients in found[1:])
 
 
 def test_an_embedding_on_the_host_changes_nothing(folder: Path, device: str) -> None:
-    from finetune.engines.compiled import path as compiled
-
     model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16)
     weight = model.get_input_embeddings().weight
-    assert compiled.Packed.movable(model) == weight.nbytes
+    with compiled.applied(model, 8, 200, device) as packed:
+        assert packed.movable() == weight.nbytes
     there, moved = (packed_run(model, rows(), 4, device, on_host) for on_host in (False, True))
     assert moved[0] == there[0] and distance(moved[1], there[1]) == 0
     assert model.get_input_embeddings().weight.device.type == device
     if device == "cuda":
         with compiled.applied(model, 8, 200, device) as packed:
             before = torch.cuda.memory_allocated()
-            packed.place_embedding(model, on_host=True)
-            assert before - torch.cuda.memory_allocated() >= compiled.Packed.movable(model)
+            packed.place_embedding(on_host=True)
+            assert before - torch.cuda.memory_allocated() >= packed.movable()
 
 
-def test_weights_widened_once_change_nothing(folder: Path, device: str) -> None:
-    from finetune import engines
-    from finetune.engines.compiled import path as compiled
-    from finetune.settings import Settings
-
-    model = adapted(folder, device, torch.bfloat16, quantization_config=engines.nf4(torch.bfloat16))
-    engines.settle_4bit(Settings.from_env({}), model)
+def test_weights_dequantized_once_change_nothing(folder: Path, device: str) -> None:
+    model = adapted(folder, device, torch.bfloat16, quantization_config=precision.nf4(torch.bfloat16))
+    precision.settle_4bit(Settings.from_env({}), model)
     layers = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
     weights = [layer.weight for layer in layers]
-    assert (
-        compiled.Packed.dequantized_bytes(model)
-        == 2 * sum(layer.in_features * layer.out_features for layer in layers)
-        > 0
-    )
+    with compiled.applied(model, 8, 200, device) as packed:
+        assert packed.dequantized_bytes() == 2 * sum(layer.in_features * layer.out_features for layer in layers) > 0
+    # bitsandbytes #1623; a flag that the first call set would have each decoder layer compiled twice
+    assert all(layer.compute_type_is_set for layer in layers)
     assert all(type(layer).__name__ == "Linear4bit" for layer in layers)
     narrow, wide = (packed_run(model, rows(), 4, device, dequantized=dequantized) for dequantized in (False, True))
     assert narrow[0] == wide[0] and distance(wide[1], narrow[1]) == 0
@@ -271,8 +252,6 @@ def test_weights_widened_once_change_nothing(folder: Path, device: str) -> None:
 
 
 def test_an_adapted_weight_is_multiplied_once(folder: Path) -> None:
-    from finetune.training import probe
-
     model = adapted(folder, "cpu", torch.float32)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
     tied = model.config.tie_word_embeddings and model.get_input_embeddings().weight.numel()
@@ -301,8 +280,6 @@ def test_afterwards_the_model_is_what_it_was(folder: Path, device: str) -> None:
 
 
 def test_attention_of_another_scale_is_refused_and_not_computed_wrongly(folder: Path) -> None:
-    from finetune.engines.compiled import path as compiled
-
     model = adapted(folder, "cpu", torch.float32)
     model.get_base_model().model.layers[1].self_attn.scaling = 0.3
     with pytest.raises(NotImplementedError, match="scaled by"), compiled.applied(model, 8, 200, "cpu"):

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from finetune import engines
+from finetune.engines import adapter, checks, passes, refusals, targets
 from finetune.engines import plain as engine
+from finetune.engines.choose import Choice, choose
 from finetune.errors import MachineError, SettingsError
 from finetune.machine import preflight
 from finetune.settings import Settings
@@ -50,7 +51,7 @@ def test_what_a_library_notes_while_it_is_imported_is_not_said(
 
     monkeypatch.setattr("importlib.import_module", imported)
     monkeypatch.setattr(engine, "prepare", lambda settings: None)
-    engines.Choice("transformers", "ENGINE=transformers").open(Settings.from_env({}))
+    Choice("transformers", "ENGINE=transformers").open(Settings.from_env({}))
     assert {record.message for record in caplog.records} == {"no library"}
 
 
@@ -95,33 +96,33 @@ def test_rows_that_a_model_has_no_embedding_for_are_refused(tmp_path: Path, llam
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
     gpt2, other = (engine.load(settings, hub.Source(str(place), None, place)) for place in (folder, llama))
     fits: Any = SimpleNamespace(longest=1024, largest=900)
-    engines.check_fits(gpt2, settings, fits)
+    checks.check_fits(gpt2, settings, fits)
     with pytest.raises(
         SettingsError, match=r"MAX_SEQ_LENGTH=2048: a row has 1025 tokens.*for example MAX_SEQ_LENGTH=1024"
     ):
-        engines.check_fits(gpt2, settings, SimpleNamespace(longest=1025, largest=900))  # type: ignore[arg-type]
-    engines.check_fits(other, settings, SimpleNamespace(longest=10**6, largest=900))  # type: ignore[arg-type]
+        checks.check_fits(gpt2, settings, SimpleNamespace(longest=1025, largest=900))  # type: ignore[arg-type]
+    checks.check_fits(other, settings, SimpleNamespace(longest=10**6, largest=900))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="makes token 1000, and the model has 1000"):
-        engines.check_fits(other, settings, SimpleNamespace(longest=8, largest=1000))  # type: ignore[arg-type]
+        checks.check_fits(other, settings, SimpleNamespace(longest=8, largest=1000))  # type: ignore[arg-type]
 
 
 def test_the_compiled_path_is_for_what_its_kernels_can_do() -> None:
     gpu = preflight.Gpu("NVIDIA H100 80GB HBM3", 81559, 81079, "580.159.04", (9, 0))
     settings = Settings.from_env({})
-    assert engines.choose(settings, gpu, dict(model_type="llama", attention_dropout=0.0)).compiled
+    assert choose(settings, gpu, dict(model_type="llama", attention_dropout=0.0)).compiled
     for odd in (dict(model_type="gemma"), dict(model_type="qwen2", use_sliding_window=True), dict(model_type="llama", attention_dropout=0.1), dict(model_type="llama", hidden_size=3200), dict(model_type="llama", head_dim=288)):  # fmt: skip
-        assert not engines.choose(settings, gpu, odd).compiled
+        assert not choose(settings, gpu, odd).compiled
     for damaged in (dict(hidden_size="64"), dict(num_attention_heads=0, hidden_size=64), dict(head_dim=None)):
-        engines.choose(settings, gpu, dict(model_type="llama", **damaged))
+        choose(settings, gpu, dict(model_type="llama", **damaged))
 
 
 def test_biases_in_float16_are_refused_and_not_found_out_by_the_first_update(llama: Path, qwen2: Path) -> None:
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "DTYPE": "float16", "LORA_BIAS": "all"})
     fits: Any = SimpleNamespace(longest=8, largest=8)
     without, biased = (engine.load(settings, hub.Source(str(place), None, place)) for place in (llama, qwen2))
-    engines.check_fits(without, settings, fits)
+    checks.check_fits(without, settings, fits)
     with pytest.raises(SettingsError, match=r"LORA_BIAS=all: .*float16"):
-        engines.check_fits(biased, settings, fits)
+        checks.check_fits(biased, settings, fits)
 
 
 def test_experts_that_stay_in_16_bits_are_said(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,9 +142,9 @@ def test_positions_that_are_computed_are_known_too(tmp_path: Path, kind: str, si
     folder = tiny.model(tmp_path / kind, kind, **dict(max_position_embeddings=64) if kind != "mpt" else {}, **sizes)
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
     model = engine.load(settings, hub.Source(kind, None, folder))
-    engines.check_fits(model, settings, SimpleNamespace(longest=64, largest=900))  # type: ignore[arg-type]
+    checks.check_fits(model, settings, SimpleNamespace(longest=64, largest=900))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="for example MAX_SEQ_LENGTH=64"):
-        engines.check_fits(model, settings, SimpleNamespace(longest=65, largest=900))  # type: ignore[arg-type]
+        checks.check_fits(model, settings, SimpleNamespace(longest=65, largest=900))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_an_attempt_that_failed_leaves_no_adapter_behind(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     before = [(name, type(module)) for name, module in model.named_modules()]
     get_peft_model(model, LoraConfig(target_modules="all-linear"))
-    engine._bare(model)
+    adapter.take_off(model)
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -194,7 +195,7 @@ def test_a_model_that_sees_the_tokens_to_come_is_refused(tmp_path: Path, kind: s
         engine.load(settings, source)
     if kind != "bert-generation":
         with pytest.raises(SettingsError, match="is no causal language model"):
-            engines.check_causal(source)  # all that unsloth's engine can ask
+            checks.check_causal(source)  # all that unsloth's engine can ask
 
 
 @pytest.mark.parametrize(
@@ -229,8 +230,8 @@ def test_looking_at_a_model_draws_nothing(tmp_path: Path, drawn: bool) -> None:
     model = engine.load(settings, source)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    engine._is_causal(model, torch.float32)
-    engine._without_gradient(model, ["c_attn"], torch.float32)
+    passes.is_causal(model, torch.float32)
+    passes.without_gradient(model, ["c_attn"], torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())
 
@@ -273,11 +274,11 @@ def test_only_the_text_decoder_of_a_model_that_sees_is_adapted(
 def test_a_model_of_text_is_told_what_the_settings_say(llama: Path) -> None:
     from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM
 
-    assert engines.outside_text(AutoModelForCausalLM.from_pretrained(llama)) == ""
+    assert targets.outside_text(AutoModelForCausalLM.from_pretrained(llama)) == ""
     halves = BartConfig(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, vocab_size=20)
-    assert engines.outside_text(BartForCausalLM(halves)) == ""  # its configuration is of an encoder too, which it lacks
-    assert engines.targets(["q_proj", "v_proj"], [], "") == ["q_proj", "v_proj"]
-    assert engines.targets(("all-linear",), [], "") == "all-linear"
+    assert targets.outside_text(BartForCausalLM(halves)) == ""  # its configuration is of an encoder too, which it lacks
+    assert targets.targets(["q_proj", "v_proj"], [], "") == ["q_proj", "v_proj"]
+    assert targets.targets(("all-linear",), [], "") == "all-linear"
 
 
 def test_a_model_that_cannot_be_computed_so_is_refused_before_training(tmp_path: Path) -> None:
@@ -308,8 +309,8 @@ def test_an_adapter_beside_the_model_is_refused(broken: Callable[..., hub.Source
 def test_memory_that_runs_out_where_nothing_can_be_halved_is_no_bug() -> None:
     with (
         pytest.raises(MachineError, match=r"out of GPU memory \(CUDA out of memory\)\. .*MAX_MEMORY=12"),
-        engines.memory_told(),
+        refusals.memory_told(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    with pytest.raises(RuntimeError, match="other"), engines.memory_told():
+    with pytest.raises(RuntimeError, match="other"), refusals.memory_told():
         raise RuntimeError("other")

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import tiny
-from finetune import engines
 from finetune.engines import plain as engine
+from finetune.engines.choose import Choice
+from finetune.engines.compiled import attention
 from finetune.engines.compiled import path as compiled
 from finetune.training import fit as train
 from short_run import fit
@@ -23,26 +24,26 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Runs take the packed path; the list gets an entry for each call of the attention."""
     calls: list[int] = []
 
-    def attention(*args: Any, **options: Any) -> Any:
+    def attend(*args: Any, **options: Any) -> Any:
         calls.append(1)
         return tiny.varlen_attention(*args, **options)
 
     @contextlib.contextmanager
-    def path(model: Any, choice: engines.Choice, places: int, longest: int, common: int) -> Iterator[Any]:
+    def path(model: Any, choice: Choice, max_rows: int, longest: int, shared: int) -> Iterator[Any]:
         if not choice.compiled:
             yield None
             return
-        with compiled.applied(model, places, longest, "cpu", common) as packed:
+        with compiled.applied(model, max_rows, longest, "cpu", shared) as packed:
             yield packed
 
-    monkeypatch.setattr(compiled, "varlen_attn", attention)
+    monkeypatch.setattr(attention, "varlen_attn", attend)
     monkeypatch.setattr(engine, "path", path)
     return calls
 
 
 def losses(llama: Path, output: Path, packed: bool = True, **values: str) -> list[float]:
     """Of three updates of four rows, two in each piece."""
-    choice = engines.Choice("transformers", "a test", compiled=packed, deterministic=True)
+    choice = Choice("transformers", "a test", compiled=packed, deterministic=True)
     pieces = dict(PER_DEVICE_TRAIN_BATCH_SIZE="2", GRADIENT_ACCUMULATION_STEPS="2", GRADIENT_CHECKPOINTING="false")
     return [row["loss"] for row in fit(llama, output, choice, **pieces | values)[0].metrics]
 
@@ -98,9 +99,9 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
     places: list[bool] = []
     place = compiled.Packed.place_embedding
 
-    def placed(self: Any, model: Any, on_host: bool) -> None:
+    def placed(self: Any, on_host: bool) -> None:
         places.append(on_host)
-        place(self, model, on_host)
+        place(self, on_host)
 
     def measure(*args: Any, **options: Any) -> plan.Cost:
         if not places:
@@ -118,7 +119,7 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
         assert places == [True, on_host] and ("on the host" in capsys.readouterr().out) == on_host
 
 
-def test_weights_are_widened_where_whole_updates_fit_beside_them(
+def test_weights_are_dequantized_where_whole_updates_fit_beside_them(
     llama: Path, tmp_path: Path, attended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetune.training import plan, probe, update
@@ -127,7 +128,7 @@ def test_weights_are_widened_where_whole_updates_fit_beside_them(
     seen: list[int] = []
     real = update.Updates.piece
 
-    def dequantize(model: Any, on: bool) -> bool:
+    def dequantize(self: Any, on: bool) -> bool:
         dequantized.append(on)
         return on
 
@@ -135,10 +136,10 @@ def test_weights_are_widened_where_whole_updates_fit_beside_them(
         """How weights of `wide` bytes were placed on a card of 8 GiB, where a token and layer takes `kept` bytes."""
         nothing: Any = dict.fromkeys(("outside", "kept_recomputed", "work", "work_token", "loss", "loss_token"), 0)
         cost = plan.Cost(layers=2, fixed=plan.GIB, kept=kept, **nothing)
-        monkeypatch.setattr(compiled.Packed, "dequantized_bytes", staticmethod(lambda model: wide))
+        monkeypatch.setattr(compiled.Packed, "dequantized_bytes", lambda self: wide)
         monkeypatch.setattr(probe, "measure", lambda *args, **options: cost)
         dequantized.clear()
-        choice = engines.Choice("transformers", "a test", compiled=True, deterministic=True)
+        choice = Choice("transformers", "a test", compiled=True, deterministic=True)
         return dequantized, fit(llama, tmp_path / name, choice)[0]
 
     def piece(self: Any, *args: Any) -> Any:
@@ -148,7 +149,7 @@ def test_weights_are_widened_where_whole_updates_fit_beside_them(
         return real(self, *args)
 
     monkeypatch.setattr(train, "planner_memory", lambda settings: 8.0 * plan.GIB)
-    monkeypatch.setattr(compiled.Packed, "dequantize", staticmethod(dequantize))
+    monkeypatch.setattr(compiled.Packed, "dequantize", dequantize)
     assert course("fits", plan.GIB, 1)[0] == [True, False, True]  # measured, and then placed as planned
     assert course("must-recompute", plan.GIB, 1e9)[0] == [True, False, False]
     assert course("too-large", 3 * plan.GIB, 1)[0] == [False]

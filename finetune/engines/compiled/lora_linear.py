@@ -1,4 +1,4 @@
-"""A frozen linear layer and its adapter as one operator, `finetune::adapted_linear`: B A x is added by W x's own matrix product.
+"""A frozen linear layer and its adapter as one operator, `finetune::lora_linear`: B A x is added by W x's own matrix product.
 
 A sum in float32 that is rounded once keeps what a young adapter adds, which is smaller than the last bit of W x. A CPU sums so; cuBLAS
 on an H100 rounds W x first, as peft does (docs/adr/0403). As an operator with a gradient of its own it is also seen by torch's
@@ -17,8 +17,8 @@ NESTED_BLOCK = 256  # absmax values that share a scale, with double quantisation
 
 _library = torch.library.Library("finetune", "DEF")
 _frozen = "Tensor weight, int[] shape, Tensor? absmax, int blocksize, str kind, Tensor? absmax_8bit, Tensor? code, Tensor? offset"
-_library.define(f"dequantized(ScalarType dtype, {_frozen}) -> Tensor")
-_library.define(f"adapted_linear(Tensor x, Tensor inner, Tensor up, {_frozen}) -> Tensor")
+_library.define(f"dequantize(ScalarType dtype, {_frozen}) -> Tensor")
+_library.define(f"lora_linear(Tensor x, Tensor inner, Tensor up, {_frozen}) -> Tensor")
 
 
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -27,7 +27,7 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     down = self.lora_A[name].weight.to(x.dtype)
     up = (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
     inner = self.lora_dropout[name](x) @ down.t()
-    out: Tensor = torch.ops.finetune.adapted_linear(x, inner, up, *_parts(self.base_layer.weight))
+    out: Tensor = torch.ops.finetune.lora_linear(x, inner, up, *_parts(self.base_layer.weight))
     bias = self.base_layer.bias
     return out if bias is None else out + bias
 
@@ -68,7 +68,7 @@ def _dequantized(
     return out
 
 
-def _adapted_linear(x: Tensor, inner: Tensor, up: Tensor, *frozen: Any) -> Tensor:
+def _lora_linear(x: Tensor, inner: Tensor, up: Tensor, *frozen: Any) -> Tensor:
     wide = frozen[0] if frozen[2] is None else _dequantized(x.dtype, *frozen)
     out = inner.flatten(0, -2) @ up.t()
     out.addmm_(x.flatten(0, -2), wide.t())
@@ -83,17 +83,17 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inner, up, weight, absmax, absmax_8bit, code, offset = ctx.saved_tensors
     frozen = weight, ctx.shape, absmax, ctx.blocksize, ctx.kind, absmax_8bit, code, offset
-    wide = weight if absmax is None else torch.ops.finetune.dequantized(grad.dtype, *frozen)
+    wide = weight if absmax is None else torch.ops.finetune.dequantize(grad.dtype, *frozen)
     by_up = grad.flatten(0, -2).t() @ inner.flatten(0, -2)
     return grad @ wide, grad @ up, by_up, *[None] * len(frozen)
 
 
-_library.impl("dequantized", _dequantized, "CompositeExplicitAutograd")
-_library.impl("adapted_linear", _adapted_linear, "CompositeExplicitAutograd")
+_library.impl("dequantize", _dequantized, "CompositeExplicitAutograd")
+_library.impl("lora_linear", _lora_linear, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "finetune::dequantized", lambda dtype, weight, shape, *_: weight.new_empty(shape, dtype=dtype)
+    "finetune::dequantize", lambda dtype, weight, shape, *_: weight.new_empty(shape, dtype=dtype)
 )
 torch.library.register_fake(
-    "finetune::adapted_linear", lambda x, inner, up, weight, shape, *rest: x.new_empty(*x.shape[:-1], shape[0])
+    "finetune::lora_linear", lambda x, inner, up, weight, shape, *rest: x.new_empty(*x.shape[:-1], shape[0])
 )
-torch.library.register_autograd("finetune::adapted_linear", _gradient, setup_context=_keep)
+torch.library.register_autograd("finetune::lora_linear", _gradient, setup_context=_keep)

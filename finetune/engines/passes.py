@@ -1,0 +1,85 @@
+"""What a model does, seen in passes over a few tokens before it is trained. They draw nothing that training would draw."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+COMMON = 8  # tokens that two rows have in common, each with 4 others after them
+
+
+def is_causal(model: Any, dtype: torch.dtype) -> bool:
+    """Whether other tokens leave what is predicted before them as it was. Raises what a model raises that cannot be computed so.
+
+    The logits need not be the same to the bit: experts are computed in other groups then. So where they differ, the gradient is
+    asked: of a prediction by a later token it is exactly zero in a causal model, in every type.
+    """
+    with _pass(model, dtype):
+        with torch.no_grad():
+            model.train()  # in which Gemma 3n clamps weights: not in 4 bits
+            model(**_tokens(model), use_cache=False)
+            model.eval()
+            rows = [model(**_tokens(model, end), use_cache=False).logits[:, :COMMON] for end in (0, 1)]
+        if torch.equal(*rows):
+            return True
+        kept: list[torch.Tensor] = []
+
+        def keep(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            kept.append(output.detach().requires_grad_())
+            return kept[-1] * 1  # what follows may change it in place
+
+        handle = model.get_input_embeddings().register_forward_hook(keep)
+        try:
+            logits = model(**_tokens(model), use_cache=False).logits[:, :COMMON]
+        finally:
+            handle.remove()
+        (slope,) = torch.autograd.grad(logits.float().square().sum(), kept[:1])
+        return not bool((slope[:, COMMON:].abs() > 0).any())
+
+
+def without_gradient(model: PeftModel, names: Sequence[str], dtype: torch.dtype) -> list[str]:
+    """Those of `names` of which no adapter gets a gradient. Raises what a model raises that cannot be computed with them."""
+    with _pass(model, dtype):
+        model.train()
+        logits = model(**_tokens(model), use_cache=False).logits
+        logits.float().square().sum().backward()
+    reached = {
+        name.partition(".lora_B.")[0]
+        for name, weight in model.named_parameters()
+        if ".lora_B." in name and weight.grad is not None and weight.grad.count_nonzero()
+    }
+    model.zero_grad(set_to_none=True)
+    return [name for name in names if not any(f".{part}".endswith(f".{name}") for part in reached)]
+
+
+@contextlib.contextmanager
+def _pass(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """For a pass as training makes it, which draws nothing that training would draw; the model is left in training mode."""
+    cuda = torch.cuda.is_available()
+    lower = torch.autocast("cuda", dtype, enabled=cuda and dtype is not torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[0] if cuda else []), lower:
+            yield
+    finally:
+        model.train()
+
+
+def _tokens(model: Any, end: int = 0) -> dict[str, torch.Tensor]:
+    """A row of 12 tokens from the middle of the vocabulary: the first may be special. end: which last 4."""
+    words: Any = model.get_input_embeddings()
+    first = words.num_embeddings // 2
+    ids = [*range(first, first + COMMON), *range(first - 4 * end, first - 4 * end + 4)]
+    row = torch.tensor([ids], device=model.device) % words.num_embeddings
+    return dict(input_ids=row, attention_mask=torch.ones_like(row))
+
+
+def drops(model: torch.nn.Module) -> bool:
+    """Whether training draws anything: LORA_DROPOUT, or the base's own, which for attention is a number in most models."""
+    shares = (m.p if type(m).__name__ == "Dropout" else getattr(m, "attention_dropout", 0) for m in model.modules())
+    return any(isinstance(share, (int, float)) and share > 0 for share in shares)

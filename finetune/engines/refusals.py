@@ -1,0 +1,58 @@
+"""What libraries raise while a model is loaded or used, as sentences for the user. Light: nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from finetune.errors import MachineError, SettingsError, first_line
+from finetune.sources.hub import Source
+
+
+@contextlib.contextmanager
+def loading(
+    source: Source, remedy: str = "take another model, or copy or download this one again", variable: str = "MODEL_NAME"
+) -> Iterator[None]:
+    """Whatever a library raises while it loads a model, as a SettingsError that names the model and the remedy.
+
+    variable: which setting the folder comes from. Raises MachineError where the GPU's memory does not hold the weights.
+    """
+    try:
+        yield
+    except Exception as error:  # a damaged file or an odd config.json may raise anything
+        if full := _out_of_memory(error):
+            raise MachineError(
+                f"{variable}={source.name}: its weights do not fit the GPU's memory ({full}); take a smaller "
+                "model, or a GPU on which nothing else runs"
+            ) from None
+        raise SettingsError(
+            f"{variable}={source.name}: cannot be loaded as a causal language model ({first_line(error)}); {remedy}"
+        ) from None
+
+
+@contextlib.contextmanager
+def memory_told(
+    remedy: str = "plan for less, for example MAX_MEMORY=12; the same command goes on from the last checkpoint",
+) -> Iterator[None]:
+    """GPU memory that runs out where nothing can be halved (an answer, the optimizer, the merge), as a MachineError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (full := _out_of_memory(error)):
+            raise
+        raise MachineError(
+            f"out of GPU memory ({full}). Where another program uses this GPU, end it, or {remedy}."
+        ) from None
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """The allocator's first sentence; None: another error. By name: importing torch would cost a refused run a second."""
+    return str(error).partition(". ")[0] if type(error).__name__ == "OutOfMemoryError" else None
+
+
+def not_causal(source: Source) -> SettingsError:
+    """The refusal of a model in which a token's prediction depends on those that follow."""
+    return SettingsError(
+        f"MODEL_NAME={source.name}: is no causal language model: in it the tokens that follow change what is predicted before them, so it "
+        "would learn to copy and not to write; take a model made to write text, for example unsloth/DeepSeek-R1-Distill-Llama-8B"
+    )
