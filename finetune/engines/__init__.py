@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from finetune.data import Tokens
     from finetune.engines.compiled.path import Packed
-    from finetune.machine.preflight import Gpu
-    from finetune.sources.hub import Source
+    from finetune.machine.gpus import Gpu
+    from finetune.sources.model import Source
 
 
 class Engine(Protocol):

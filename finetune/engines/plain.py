@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import engines
 from finetune.errors import SettingsError, first_line
 from finetune.settings import Settings
-from finetune.sources.hub import Source
+from finetune.sources.model import Source
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import engines
 from finetune.errors import MachineError
 from finetune.settings import Settings
-from finetune.sources.hub import Source
+from finetune.sources.model import Source
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import console, data, engines
+from finetune import console, data, engines, sources
 from finetune.errors import HubError, Refusal, SettingsError
 from finetune.run import folder
 from finetune.settings import Settings
-from finetune.sources import hub
+from finetune.sources.model import Source
 from finetune.verbs import verify
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def ask(question: str, settings: Settings) -> None:
     place: dict[str, Any] = dict(dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"})
     base = _base(record, settings, output) if there[0] == output / "adapter" else None
     found = there[0] if base else output / "merged"
-    own = hub.Source(str(found), None, found)
+    own = Source(str(found), None, found)
     with engines.loading(base or own, variable="MODEL_NAME" if base else "OUTPUT_DIR"):
         four_bits = bool(base and record["settings"]["LOAD_IN_4BIT"])
         if four_bits:
@@ -115,7 +115,7 @@ def ask(question: str, settings: Settings) -> None:
         answer(model, loaded, form.prompt(question), settings.max_new_tokens or 1200, show=True)
 
 
-def _base(record: dict[str, Any], settings: Settings, output: Path) -> hub.Source | None:
+def _base(record: dict[str, Any], settings: Settings, output: Path) -> Source | None:
     """The base of the recorded run, from this machine or the Hub; None: it is nowhere, and the merged weights are there.
 
     Raises SettingsError where they are not.
@@ -124,7 +124,7 @@ def _base(record: dict[str, Any], settings: Settings, output: Path) -> hub.Sourc
     refusal: type[Refusal] = SettingsError
     if base is None and (commit := record["model"]["commit"]):
         try:
-            hub.fetch_model(settings.replaced(model_name=record["settings"]["MODEL_NAME"], model_revision=commit))
+            sources.fetch_model(settings.replaced(model_name=record["settings"]["MODEL_NAME"], model_revision=commit))
             base, why_not = verify.at_hand(record, settings)
         except (HubError, SettingsError) as error:
             refusal, why_not = type(error), f"{error} {why_not}"

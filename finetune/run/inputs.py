@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import data
-from finetune.errors import SettingsError
+from finetune import data, files
+from finetune.errors import MachineError, SettingsError
+from finetune.machine import permissions, preflight
+from finetune.machine.gpus import Gpu
 from finetune.run import folder
 from finetune.settings import Settings
-from finetune.sources import hub
+from finetune.sources import local
+from finetune.sources.model import Source
+from finetune.weights.parameters import parameters
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
-    from finetune.sources.hub import Source
 
 Record = Mapping[str, Any]  # the content of a run.json
 MODEL_FILE = "model file "
 
 
+def look(settings: Settings, visible: list[Gpu], environ: Mapping[str, str]) -> list[str]:
+    """Lines on this machine and on the files that settings name, before anything is downloaded.
+
+    Raises MachineError, or SettingsError where a file is missing, with all that is wrong.
+    """
+    files.temporary()
+    if closed := list(permissions.closed(settings)):
+        raise MachineError(*closed)  # nothing more can be said of a model that cannot be read
+    count: int | None = None
+    damaged: Sequence[str] = ()
+    try:
+        count = parameters(Source(settings.model_name, None, Path(settings.model_name).expanduser()))
+    except MachineError as error:
+        damaged = error.problems
+    return preflight.check(settings, visible, environ, count, list(missing(settings)), damaged)
+
+
 def missing(settings: Settings) -> Iterator[str]:
     """What is wrong with the files and folders that settings name, in sentences, before anything is read or downloaded."""
     yield from folder.inputs(settings)
-    if problem := hub.missing(settings):
+    if problem := local.missing(settings):
         yield problem
     yield from data.rows.missing(settings)
     yield from data.formats.template.missing(settings)

@@ -7,41 +7,44 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import console, data, engines
+from finetune import console, data, engines, sources
 from finetune.inference import answer
-from finetune.machine import preflight
+from finetune.machine import gpus, preflight
 from finetune.run import folder, inputs, report
 from finetune.settings import Settings
-from finetune.sources import hub
+from finetune.sources import publish
 from finetune.training import fit as train
-from finetune.weights import merge as export
-from finetune.weights import shards as weights
+from finetune.weights.parameters import parameters
 
 
 def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record | None = None) -> None:
     """Train, verify, record, publish if asked; a complete run is only published. recorded: a run.json with the same inputs."""
     console.beat("starting")  # in a container that was started again, the last beat is that of the run before
-    clock, output, visible = report.Clock(), Path(settings.output_dir), preflight.gpus(environ)
-    print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
-    hub.login(settings)
+    clock, output, visible = report.Clock(), Path(settings.output_dir), gpus.gpus(environ)
+    print(*inputs.look(settings, visible, environ), sep="\n", flush=True)
+    sources.hub().login(settings)
     with folder.locked(output), engines.memory_told():
         train_in(output, clock, visible, settings, environ, recorded)
-    hub.publish(settings)
+    if settings.push_to_hub:
+        folder.verify(output)
+        publish.publish(settings, output)
 
 
 def train_in(
-    output: Path, clock: report.Clock, visible: list[preflight.Gpu], settings: Settings, environ: Mapping[str, str],
+    output: Path, clock: report.Clock, visible: list[gpus.Gpu], settings: Settings, environ: Mapping[str, str],
     recorded: inputs.Record | None,
 ) -> None:  # fmt: skip
     """All of a run that is written to `output`."""
     rows = data.load(settings)
-    source = hub.fetch_model(settings)
-    preflight.check(settings, visible, environ, count=preflight.parameters(str(source.folder)))
+    source = sources.fetch_model(settings)
+    preflight.check(settings, visible, environ, parameters(source))
     _ = source.hashing  # begins
     clock.mark("inputs_s")
     choice = engines.choose(settings, visible[0] if visible else None, source.config())
     console.phase("loading", choice.describe())
     engine = choice.open(settings)
+    from finetune.weights import adapter, layout, merge  # after unsloth, which patches transformers and peft
+
     console.quiet()
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
@@ -57,7 +60,7 @@ def train_in(
     model = engine.load(settings, source)
     engines.check_fits(model, settings, tokens)
     if settings.save_merged:
-        weights.check_mergeable(model, source)
+        layout.check_mergeable(model, source)
     folder.claim(settings, output, identity)
     clock.mark("load_s")
     asked = data.format_of(rows.messages, tokenizer, settings, tokens.day)
@@ -72,10 +75,10 @@ def train_in(
 
     console.phase("saving", "saving the adapter")
     words = data.rewritten(source.folder, tokens.texts(tokenizer))
-    export.save_adapter(model, source, output, words)
+    adapter.save(model, source, output, words)
     del model, ask
     gc.collect()  # the trainer and what it calls back hold each other, and the model with them
-    merged = export.merge(source, output, "cuda" if visible else "cpu", words) if settings.save_merged else None
+    merged = merge.merge(source, output, "cuda" if visible else "cpu", words) if settings.save_merged else None
     if merged and words and (misread := data.misread(output / "merged", tokens.texts(tokenizer))):
         print(f"note: {misread}", flush=True)
     if not settings.save_adapter:

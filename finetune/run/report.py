@@ -23,9 +23,9 @@ from finetune.environment import NUMERIC
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
     from finetune.engines import Choice
-    from finetune.machine.preflight import Gpu
+    from finetune.machine.gpus import Gpu
     from finetune.settings import Settings
-    from finetune.sources.hub import Source
+    from finetune.sources.model import Source
     from finetune.training.fit import Fit
     from finetune.weights.merge import Merged
 

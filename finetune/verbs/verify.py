@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune import sources
 from finetune.errors import HubError, SettingsError
 from finetune.run import folder, report
 from finetune.settings import Settings
-from finetune.sources import hub
-from finetune.sources.hub import Source
-from finetune.weights import merge as export
+from finetune.sources.model import Source
+from finetune.weights.compare import compare, structure
 
 
 def run(settings: Settings) -> Iterator[str]:
@@ -30,7 +30,7 @@ def run(settings: Settings) -> Iterator[str]:
         base, why_not = at_hand(record, settings)
         if base is not None:
             made = record.get("verification")
-            found = export.compare(base, output, old=isinstance(made, dict) and "rounded" not in made)
+            found = compare(base, output, old=isinstance(made, dict) and "rounded" not in made)
             targets = found.changed + found.rounded_away + found.unreached
             yield (
                 f"{output / 'merged'}: {targets} tensors are base + adapter, rounded once; the other "
@@ -40,7 +40,7 @@ def run(settings: Settings) -> Iterator[str]:
         missing = f"that merged is base + adapter: {why_not}"
     else:
         missing = f"that merged is base + adapter: only {kept.pop()} was kept"
-    yield f"{output}: {export.structure(output)}. Not checked: {missing}"
+    yield f"{output}: {structure(output)}. Not checked: {missing}"
 
 
 def at_hand(record: Mapping[str, Any], settings: Settings) -> tuple[Source | None, str]:
@@ -51,7 +51,7 @@ def at_hand(record: Mapping[str, Any], settings: Settings) -> tuple[Source | Non
     names = [record["settings"]["MODEL_NAME"], *([settings.model_name] if "model_name" in settings.given else [])]
     reasons = []
     for name in dict.fromkeys(names):
-        source = hub.cached(name, record["model"]["commit"])
+        source = sources.cached(name, record["model"]["commit"])
         if source is None:
             reasons.append(f"the base {name} is not on this machine")
             continue
