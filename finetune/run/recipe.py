@@ -22,7 +22,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: inputs.Record 
     console.beat("starting")  # in a container that was started again, the last beat is that of the run before
     clock, output, visible = report.Clock(), Path(settings.output_dir), gpus.gpus(environ)
     print(*inputs.look(settings, visible, environ), sep="\n", flush=True)
-    sources.hub().login(settings)
+    sources.hub().login(settings, publishes=settings.push_to_hub)
     with folder.locked(output), engines.memory_told():
         train_in(output, clock, visible, settings, environ, recorded)
     if settings.push_to_hub:

@@ -20,8 +20,8 @@ HUBS = {"huggingface": "finetune.sources.huggingface"}
 class Hub(Protocol):
     """What the module of a hub offers."""
 
-    def login(self, settings: Settings) -> None:
-        """Print whose token it is. Raises HubError where the token is refused, or may not write although PUSH_TO_HUB is set."""
+    def login(self, settings: Settings, publishes: bool) -> None:
+        """Print whose token it is. Raises HubError where the token is refused, or may not write and this call `publishes`."""
         ...
 
     def commit(self, variable: str, name: str, revision: str, settings: Settings) -> str:

@@ -60,26 +60,26 @@ class Cached(Source):
         return {name: found[path].sha256 for name, path in paths.items()}
 
 
-def login(settings: Settings) -> None:
+def login(settings: Settings, publishes: bool) -> None:
     """Where there is a token, ask the Hub whose it is, and print name and rights. Nothing is written to disk.
 
-    Raises HubError where the token is refused, or may not write although PUSH_TO_HUB is set.
+    Raises HubError where the token is refused, or may not write although this call `publishes`.
     """
     if settings.hf_token is None:
         return
     if constants.is_offline_mode():
-        if settings.push_to_hub:
-            raise HubError("PUSH_TO_HUB=1 with HF_HUB_OFFLINE=1: publishing needs the Hub; unset one of them")
+        if publishes:
+            raise HubError("HF_HUB_OFFLINE=1: publishing needs the Hub; unset it, or do not publish (PUSH_TO_HUB=0)")
         print("Hub: offline, the token is not checked", flush=True)
         return
     with explained("HF_TOKEN", "<SECRET>"):
         answer = HfApi(token=token(settings)).whoami()
     rights = "read and write" if (writes := may_write(answer)) else "only read"
     print(f"Hub: logged in as {answer['name']}; the token may {rights}", flush=True)
-    if settings.push_to_hub and not writes:
+    if publishes and not writes:
         raise HubError(
-            "PUSH_TO_HUB=1: this token may only read. Make one with the right to write in the Hub's settings, Access "
-            "Tokens, and give it in HF_TOKEN."
+            "HF_TOKEN: publishing needs the right to write, and this token may only read. Make one with the right to write "
+            "in the Hub's settings, Access Tokens, and give it in HF_TOKEN."
         )
 
 

@@ -27,7 +27,7 @@ def call(verb: str, settings: Settings, environ: Mapping[str, str], word: str | 
     elif verb == "push":
         from finetune.sources import huggingface, publish
 
-        huggingface.login(settings)
+        huggingface.login(settings, publishes=True)
         folder.verify(Path(settings.output_dir))
         publish.publish(settings, Path(settings.output_dir))
     elif verb == "reproduce":

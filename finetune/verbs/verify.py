@@ -15,11 +15,12 @@ from finetune.errors import HubError, SettingsError
 from finetune.run import folder, report
 from finetune.settings import Settings
 from finetune.sources.model import Source
-from finetune.weights.compare import compare, structure
 
 
 def run(settings: Settings) -> Iterator[str]:
     """Lines that say what was found, as it is found. Raises SettingsError that names each file or tensor that is wrong."""
+    from finetune.weights.compare import compare, structure  # torch, and inference imports this file
+
     output = Path(settings.output_dir)
     record = folder.verify(output)
     yield f"{output}: all {len(record['files'])} files are as the run wrote them"
