@@ -180,6 +180,11 @@ class Settings:
         return self.per_device_train_batch_size if sized else None
 
     @property
+    def rows_of_a_pass(self) -> int:
+        """Rows of one forward pass where nothing is planned."""
+        return self.per_device_train_batch_size
+
+    @property
     def recomputes(self) -> bool | None:
         """Whether the user has activations recomputed; None: planned."""
         return self.gradient_checkpointing != "false" if "gradient_checkpointing" in self.given else None

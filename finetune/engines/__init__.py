@@ -82,7 +82,7 @@ class Choice:
         try:
             engine: Engine = importlib.import_module(f"finetune.engines.{MODULES[self.name]}")
             engine.prepare(settings)
-            importlib.import_module("finetune.training.trainer")
+            importlib.import_module("finetune.training.fit")
         finally:
             gc.freeze()
             gc.enable()

@@ -13,7 +13,6 @@ from finetune.machine import gpus, preflight
 from finetune.run import folder, inputs, report
 from finetune.settings import Settings
 from finetune.sources import publish
-from finetune.training import fit as train
 from finetune.weights.parameters import parameters
 
 
@@ -43,7 +42,9 @@ def train_in(
     choice = engines.choose(settings, visible[0] if visible else None, source.config())
     console.phase("loading", choice.describe())
     engine = choice.open(settings)
-    from finetune.weights import adapter, layout, merge  # after unsloth, which patches transformers and peft
+    # these import trl, transformers and peft, and unsloth must come before them
+    from finetune.training import fit as train
+    from finetune.weights import adapter, layout, merge
 
     console.quiet()
     clock.mark("import_s")
@@ -67,7 +68,7 @@ def train_in(
     ask = answer.sample(engine, model, tokenizer, asked.prompt(settings.sample_question), settings)
     before = ask("before")
     clock.mark("before_s")
-    console.phase("training", train.describe(settings, tokens))
+    console.phase("training", train.describe(train.order_of(settings, tokens)))
     fit = train.fit(model, tokens, tokenizer, settings, choice, engine, output / "checkpoints", recorded)
     clock.mark("train_s")
     after = ask("after")

@@ -5,17 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from trl import SFTConfig
+
 from finetune import console
+from finetune.engines import compute_dtype
 from finetune.settings import Settings
 from finetune.training import checkpoints, plan
-from finetune.training import planner as planning
+from finetune.training.batches import Bound, MicroBatches, Padded, Recipes
+from finetune.training.order import Order
+from finetune.training.planner import Planner
+from finetune.training.planner import memory as planner_memory
+from finetune.training.trainer import Stop, UpdateTrainer, peak_gib
+from finetune.training.update import Updates
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +33,8 @@ if TYPE_CHECKING:
     from finetune.data import Tokens
     from finetune.engines import Choice, Engine
     from finetune.run.inputs import Record
-    from finetune.training.trainer import OurTrainer
+
+STREAM_ROWS = 64  # whose tokens are measured with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,72 +81,89 @@ def fit(
     Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Refusal where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
     """
-    import torch
-
-    from finetune.training.trainer import OurTrainer, peak_gib
-
-    initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer = OurTrainer(
-        model=model, args=_arguments(settings, folder), train_dataset=tokens.dataset, processing_class=tokenizer
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name in initial:
-                p.data = initial[name]  # trl turns a 4-bit model's adapter to bfloat16, where updates of 2e-4 are lost
+    arguments, stop, resume = _arguments(settings, folder), Stop(), checkpoints.newest(folder)
     followed = recorded["training"]["plan"] if recorded else None
-    resume = checkpoints.newest(folder)
+    metrics: list[dict[str, float]] = []
+    if resume is not None:
+        print(f"going on from {resume}", flush=True)
+        metrics = json.loads((resume / "metrics.json").read_bytes())
+        followed = json.loads((resume / "plan.json").read_bytes())
+    recompute = functools.partial(engine.recompute, model, arguments)
+    order = order_of(settings, tokens)
     with (
-        _signals(trainer),
+        stop.on_signals(),
         _deterministic(choice.deterministic),
         _optimizer_does_not_wait(settings),
         engine.path(model, choice, settings.rows_per_update, tokens.longest, tokens.common) as packed,
     ):
-        recompute = functools.partial(engine.recompute, model, trainer.args)
-        planned = "gradient_checkpointing" not in settings.given
-        trainer.begin(folder, settings.save_total_limit, packed, recompute, may_recompute=planned)
-        if resume is not None:
-            print(f"going on from {resume}", flush=True)
-            trainer.metrics = json.loads((resume / "metrics.json").read_bytes())
-            followed = json.loads((resume / "plan.json").read_bytes())
-        planner = planning.Planner(trainer, model, settings, tokens, engine, planning.memory(settings))
+        batches = Bound(model, packed) if packed else _batches(model, arguments, tokens, tokenizer, settings, choice)
+        stream = list(itertools.chain.from_iterable(tokens.dataset[:STREAM_ROWS]["input_ids"]))
+        planner = Planner(
+            model, batches, engine, recompute, settings, order, stream, tokens.longest, planner_memory(settings)
+        )
         began = time.perf_counter()
-        trainer.plan = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
+        chosen = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
         plan_s = time.perf_counter() - began
-        recompute(trainer.plan.recomputed)
-        print(f"plan: {trainer.plan.describe()}", flush=True)
-        trainer.progress = console.Progress(
-            planning.updates(settings, tokens), settings.logging_steps, len(trainer.metrics)
+        print(f"plan: {chosen.describe()}", flush=True)
+        updates = Updates(
+            model, batches, chosen, settings.rows_per_update, recompute, may_recompute=settings.recomputes is None
+        )
+        progress = console.Progress(order.updates, settings.logging_steps, len(metrics))
+        trainer = UpdateTrainer(
+            model, arguments, tokens.dataset, updates, metrics, progress, stop, settings.save_total_limit
         )
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        began = trainer.clock = time.perf_counter()
+        began = time.perf_counter()
         if resume is not None and checkpoints.is_last(resume):
             # killed while merging: transformers would make one update more
             trainer._load_from_checkpoint(str(resume))
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trainer.progress.close()
+    progress.close()
     seconds = time.perf_counter() - began
-    if trainer.stop is not None:
+    if stop.signal is not None:
         print(f"stopped at update {trainer.state.global_step}; the same command goes on from there", flush=True)
-        raise SystemExit(128 + trainer.stop)
+        raise SystemExit(128 + stop.signal)
     return Fit(
-        metrics=trainer.metrics,
+        metrics=metrics,
         resumed_from=int(resume.name.rpartition("-")[2]) if resume else None,
         plan_s=plan_s,
         first_step_s=trainer.first_step_s,
         started_s=trainer.started_s,
         train_s=seconds,
         peak_gib=peak_gib(),
-        plan=trainer.plan,
+        plan=updates.plan,
     )
+
+
+def order_of(settings: Settings, tokens: Tokens) -> Order:
+    """The updates of a run."""
+    lengths = [len(ids) for ids in tokens.dataset["input_ids"]]
+    return Order.of(
+        lengths, settings.rows_per_update, settings.max_steps, settings.num_train_epochs or 1, settings.seed
+    )
+
+
+def _batches(
+    model: PeftModel, arguments: Any, tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings, choice: Choice
+) -> MicroBatches:  # fmt: skip
+    """Micro-batches for a model that is not on the compiled path."""
+    if choice.name != "unsloth":
+        return Padded(model, tokenizer, compute_dtype(settings), tokens.dataset[0])
+    from trl import SFTTrainer
+
+    initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=tokens.dataset, processing_class=tokenizer)
+    for name, p in model.named_parameters():
+        if name in initial:
+            p.data = initial[name]  # trl turns a 4-bit model's adapter to bfloat16, where updates of 2e-4 are lost
+    return Recipes(trainer)
 
 
 @contextlib.contextmanager
 def _deterministic(on: bool) -> Iterator[None]:
     """torch's deterministic algorithms for a while; memory that is written anyway need not be filled first."""
-    import torch
-
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -148,11 +175,6 @@ def _deterministic(on: bool) -> Iterator[None]:
 
 
 def _arguments(settings: Settings, checkpoints: Path) -> Any:
-    import torch
-    from trl import SFTConfig
-
-    from finetune.engines import compute_dtype
-
     cuda, dtype = torch.cuda.is_available(), compute_dtype(settings)
     return SFTConfig(
         output_dir=str(checkpoints),
@@ -182,6 +204,7 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
         report_to=settings.report_to,
         run_name=settings.run_name,
         disable_tqdm=True,
+        remove_unused_columns=False,
         dataloader_pin_memory=False,  # rows become tensors later
     )
 
@@ -200,23 +223,6 @@ def _optimizer_does_not_wait(settings: Settings) -> Iterator[None]:
         optimizer.sync_gpu = before
 
 
-@contextlib.contextmanager
-def _signals(trainer: OurTrainer) -> Iterator[None]:
-    """SIGTERM and SIGINT end the loop at the next whole update; the same signal again ends the process at once."""
-
-    def note(number: int, frame: Any) -> None:
-        if trainer.stop is not None:
-            raise SystemExit(128 + number)
-        trainer.stop = number  # no print here: the signal may have come in the middle of one
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def describe(settings: Settings, tokens: Tokens) -> str:
+def describe(order: Order) -> str:
     """One line for the console, before training."""
-    return f"training: {planning.updates(settings, tokens)} updates, {settings.rows_per_update} rows each"
+    return f"training: {order.updates} updates, {order.rows} rows each"

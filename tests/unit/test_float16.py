@@ -16,16 +16,17 @@ def scaled(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """Runs train in float16, with gradients scaled by this much at first, as accelerate does it on a GPU."""
     from accelerate.state import AcceleratorState
 
-    from finetune.training import trainer
+    from finetune.training import batches, trainer
 
-    begin = trainer.OurTrainer.begin
+    begin = trainer.UpdateTrainer.__init__
 
     def begun(self: Any, *args: Any, **options: Any) -> None:
         begin(self, *args, **options)
         self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
         monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
 
-    monkeypatch.setattr(trainer.OurTrainer, "begin", begun)
+    monkeypatch.setattr(trainer.UpdateTrainer, "__init__", begun)
+    monkeypatch.setattr(batches.Padded, "_autocast", lambda self: torch.autocast("cpu", torch.float16))
 
 
 def test_an_update_whose_scaled_gradients_overflow_is_left_out(
@@ -46,16 +47,16 @@ def test_an_update_whose_scaled_gradients_overflow_is_left_out(
 def test_gradients_that_overflow_unscaled_have_diverged(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.training import trainer
+    from finetune.training import update
 
-    real = trainer.OurTrainer.piece
+    real = update.Updates.piece
 
-    def piece(self: Any, model: Any, rows: Any, count: Any) -> Any:
-        loss = real(self, model, rows, count)
-        next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("inf"))
+    def piece(self: Any, rows: Any, count: Any, backward: Any) -> Any:
+        loss = real(self, rows, count, backward)
+        next(p for p in self.model.parameters() if p.requires_grad).grad.fill_(float("inf"))
         return loss
 
-    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+    monkeypatch.setattr(update.Updates, "piece", piece)
     scaled(monkeypatch, 4.0)
     with pytest.raises(Refusal, match=r"step 3: .* diverged"):
         fit(llama, tmp_path, MAX_STEPS="4", PER_DEVICE_TRAIN_BATCH_SIZE="1", GRADIENT_CHECKPOINTING="false")

@@ -44,16 +44,16 @@ def test_what_a_model_does_to_its_logits_counts(
     """
     from transformers import AutoModelForCausalLM
 
-    from finetune.training import trainer
+    from finetune.training import update
 
     rows: list[dict[str, list[int]]] = []
-    real = trainer.OurTrainer.piece
+    real = update.Updates.piece
 
-    def piece(self: Any, model: Any, some: Any, count: Any) -> Any:
+    def piece(self: Any, some: Any, count: Any, backward: Any) -> Any:
         rows.extend(some)
-        return real(self, model, some, count)
+        return real(self, some, count, backward)
 
-    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+    monkeypatch.setattr(update.Updates, "piece", piece)
     folder = tiny.model(tmp_path / "base", kind, **changes)
     named = dict(TARGET_MODULES="Wqkv" if kind == "mpt" else "q_proj,v_proj")
     found, _ = fit(folder, tmp_path / "run", MAX_STEPS="1", **named, **PIECES)
@@ -70,11 +70,11 @@ def test_what_a_model_does_to_its_logits_counts(
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 def test_the_head_alone_takes_the_loss_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Which needs no logits of whole rows; Granite's take them where their scaling is not 1."""
-    from finetune.training import trainer
+    from finetune.training import batches
 
     asked: list[bool] = []
-    real = trainer.OurTrainer._head_is_all
-    monkeypatch.setattr(trainer.OurTrainer, "_head_is_all", lambda self: asked.append(real(self)) or asked[-1])
+    real = batches.Padded._head_is_all
+    monkeypatch.setattr(batches.Padded, "_head_is_all", lambda self, ids: asked.append(real(self, ids)) or asked[-1])
     fit(
         tiny.model(tmp_path / "base", kind, **dict(logits_scaling=1.01) if kind == "granite" else {}),
         tmp_path / "run",

@@ -9,24 +9,22 @@ import pytest
 import torch
 
 from finetune.errors import Refusal
-from finetune.training import plan
+from finetune.training import order, plan, update
 from short_run import fit
 
 
 def out_of_memory_once(monkeypatch: pytest.MonkeyPatch, larger_than: int, after: int) -> None:
     """From the piece number `after` on, a piece of more rows than `larger_than` fails when its gradients are made already."""
-    from finetune.training import trainer
+    real, seen = update.Updates.piece, [0]
 
-    real, seen = trainer.OurTrainer.piece, [0]
-
-    def piece(self: Any, model: Any, rows: Any, count: Any) -> Any:
+    def piece(self: Any, rows: Any, count: Any, backward: Any) -> Any:
         seen[0] += 1
-        loss = real(self, model, rows, count)
+        loss = real(self, rows, count, backward)
         if seen[0] > after and len(rows) > larger_than:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return loss
 
-    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+    monkeypatch.setattr(update.Updates, "piece", piece)
 
 
 def test_the_update_is_repeated_in_half_the_pieces(
@@ -54,19 +52,17 @@ def test_halved_pieces_are_counted_as_they_are(llama: Path, tmp_path: Path, monk
 def test_the_activations_are_recomputed_before_one_row_is_given_up(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from finetune.training import trainer
-
     expected, _ = fit(llama, tmp_path / "whole")
-    real = trainer.OurTrainer.piece
+    real = update.Updates.piece
 
-    def piece(self: Any, model: Any, rows: Any, count: Any) -> Any:
+    def piece(self: Any, rows: Any, count: Any, backward: Any) -> Any:
         if len(rows) > 1 or self.plan.recomputed < self.plan.layers:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return real(self, model, rows, count)
+        return real(self, rows, count, backward)
 
-    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
-    begin = trainer.OurTrainer.begin
-    monkeypatch.setattr(trainer.OurTrainer, "begin", lambda *args, **may: begin(*args, may_recompute=True))
+    monkeypatch.setattr(update.Updates, "piece", piece)
+    begin = update.Updates.__init__
+    monkeypatch.setattr(update.Updates, "__init__", lambda *args, **may: begin(*args, may_recompute=True))
     found, _ = fit(llama, tmp_path / "recomputed", GRADIENT_CHECKPOINTING="false")
     assert "with the activations of all layers recomputed" in capsys.readouterr().out
     assert (found.plan.micro_batch, found.plan.checkpointing) == (1, "full")
@@ -85,23 +81,22 @@ def test_the_rows_to_come_are_known_beforehand_and_stay_the_same(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan looks at the lengths in their order, over more than one pass; looking must not change it."""
-    from finetune.training import trainer
-
     undisturbed, _ = fit(llama, tmp_path / "undisturbed", MAX_STEPS="6")
     foreseen: list[list[int]] = []
     seen: list[list[int]] = []
-    begin, real = trainer.OurTrainer.begin, trainer.OurTrainer.piece
+    of, real = order.Order.of, update.Updates.piece
 
-    def looking(self: Any, *args: Any, **values: Any) -> None:
-        foreseen.extend(self.lengths(6))
-        begin(self, *args, **values)
+    def looking(*args: Any) -> Any:
+        made = of(*args)
+        foreseen.extend(made.tokens(6))
+        return made
 
-    def piece(self: Any, model: Any, rows: Any, count: Any) -> Any:
+    def piece(self: Any, rows: Any, count: Any, backward: Any) -> Any:
         seen.append([len(row["input_ids"]) for row in rows])
-        return real(self, model, rows, count)
+        return real(self, rows, count, backward)
 
-    monkeypatch.setattr(trainer.OurTrainer, "begin", looking)
-    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+    monkeypatch.setattr(order.Order, "of", looking)
+    monkeypatch.setattr(update.Updates, "piece", piece)
     found, _ = fit(llama, tmp_path / "looked", MAX_STEPS="6")
     assert foreseen == seen and len(seen) == 6  # 16 rows, four an update: the second pass begins with the fifth
     assert [row["loss"] for row in found.metrics] == [row["loss"] for row in undisturbed.metrics]

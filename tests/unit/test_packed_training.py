@@ -15,7 +15,6 @@ from finetune import engines
 from finetune.engines import plain as engine
 from finetune.engines.compiled import path as compiled
 from finetune.training import fit as train
-from finetune.training import planner as planning
 from short_run import fit
 
 
@@ -76,13 +75,13 @@ def test_nothing_moves_the_model_while_it_is_trained(
     from finetune.training import trainer
 
     moved: list[Any] = []
-    begin = trainer.OurTrainer.begin
+    begin = trainer.UpdateTrainer.__init__
 
     def watched(self: Any, *args: Any, **options: Any) -> None:
         begin(self, *args, **options)
         monkeypatch.setattr(PeftModel, "to", lambda self, *where, **options: moved.append(where) or self)
 
-    monkeypatch.setattr(trainer.OurTrainer, "begin", watched)
+    monkeypatch.setattr(trainer.UpdateTrainer, "__init__", watched)
     losses(llama, tmp_path)
     assert not moved
 
@@ -114,7 +113,7 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
     monkeypatch.setattr(probe, "measure", measure)
     for limit, on_host in ((8.0, False), (1.1, True)):
         places.clear()
-        monkeypatch.setattr(planning, "memory", lambda settings, limit=limit: limit * plan.GIB)
+        monkeypatch.setattr(train, "planner_memory", lambda settings, limit=limit: limit * plan.GIB)
         losses(llama, tmp_path / str(limit))
         assert places == [True, on_host] and ("on the host" in capsys.readouterr().out) == on_host
 
@@ -122,10 +121,11 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
 def test_weights_are_widened_where_whole_updates_fit_beside_them(
     llama: Path, tmp_path: Path, attended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.training import plan, probe, trainer
+    from finetune.training import plan, probe, update
 
     dequantized: list[bool] = []
-    real = trainer.OurTrainer.piece
+    seen: list[int] = []
+    real = update.Updates.piece
 
     def dequantize(model: Any, on: bool) -> bool:
         dequantized.append(on)
@@ -142,17 +142,18 @@ def test_weights_are_widened_where_whole_updates_fit_beside_them(
         return dequantized, fit(llama, tmp_path / name, choice)[0]
 
     def piece(self: Any, *args: Any) -> Any:
-        if self.plan.dequantized and len(self.metrics) == 1:
+        seen.append(1)
+        if self.plan.dequantized and len(seen) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return real(self, *args)
 
-    monkeypatch.setattr(planning, "memory", lambda settings: 8.0 * plan.GIB)
+    monkeypatch.setattr(train, "planner_memory", lambda settings: 8.0 * plan.GIB)
     monkeypatch.setattr(compiled.Packed, "dequantize", staticmethod(dequantize))
     assert course("fits", plan.GIB, 1)[0] == [True, False, True]  # measured, and then placed as planned
     assert course("must-recompute", plan.GIB, 1e9)[0] == [True, False, False]
     assert course("too-large", 3 * plan.GIB, 1)[0] == [False]
     assert course("16-bits", 0, 1)[0] == [False]
-    monkeypatch.setattr(trainer.OurTrainer, "piece", piece)
+    monkeypatch.setattr(update.Updates, "piece", piece)
     found, done = course("runs-out", plan.GIB, 1)
     assert found == [True, False, True, False]
     assert (done.plan.dequantized, done.plan.micro_batch, len(done.metrics)) == (False, 4, 3)

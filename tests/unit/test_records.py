@@ -237,7 +237,11 @@ def test_tokens_are_only_spoken_of_where_rows_and_model_are_the_recorded_ones() 
 
     def refused(model: str, tokens: str) -> str:
         source = SimpleNamespace(name="base", commit=None, digests={"config.json": model})
-        parts: list[Any] = [source, SimpleNamespace(name="rows.jsonl", sha256=SHA), SimpleNamespace(sha256=tokens)]
+        parts: list[Any] = [
+            source,
+            SimpleNamespace(name="rows.jsonl", sha256=SHA),
+            SimpleNamespace(sha256=tokens, date=None),
+        ]
         with pytest.raises(SettingsError) as caught:
             inputs.check(*parts, wanted)
         return str(caught.value)

@@ -1,0 +1,182 @@
+"""How some rows become a loss: the forward pass of a micro-batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from finetune.data import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]  # input_ids and labels, lists of ints
+HEAD_TOKENS = 32  # with which it is found out what a model does to its logits
+
+
+class MicroBatches(Protocol):
+    """Makes the loss of rows, and says what of its model can lie elsewhere. The compiled path has its own; else `Padded`, `Recipes`.
+
+    shared: tokens that all rows begin with and a micro-batch computes once. pads: whether rows are filled up to the longest.
+    """
+
+    shared: int
+    pads: bool
+
+    def loss(self, rows: Sequence[Row], count: Tensor) -> Tensor:
+        """Summed cross entropy of the rows' labels, divided by `count`: the labels of the whole update. A number, with its graph."""
+        ...
+
+    def movable(self) -> int:
+        """Bytes on the GPU that `place_embedding` frees."""
+        ...
+
+    def place_embedding(self, on_host: bool) -> None:
+        """Keep the input embedding in the host's memory, or not."""
+        ...
+
+    def dequantized_bytes(self) -> int:
+        """Bytes on the GPU that `dequantize` takes."""
+        ...
+
+    def dequantize(self, on: bool) -> bool:
+        """Keep the 4-bit weights in 16 bits too, or not. Returns whether they are kept so."""
+        ...
+
+
+class _InPlace:
+    """What has nothing to move."""
+
+    shared = 0
+
+    def movable(self) -> int:
+        return 0
+
+    def place_embedding(self, on_host: bool) -> None:
+        pass
+
+    def dequantized_bytes(self) -> int:
+        return 0
+
+    def dequantize(self, on: bool) -> bool:
+        return False
+
+
+class Bound:
+    """The compiled path's micro-batches, bound to their model."""
+
+    pads = False
+
+    def __init__(self, model: PeftModel, packed: Any):
+        self.model, self.packed, self.shared = model, packed, packed.shared
+
+    def loss(self, rows: Sequence[Row], count: Tensor) -> Tensor:
+        loss: Tensor = self.packed.loss(self.model, self.packed.pack(rows), count)
+        return loss
+
+    def movable(self) -> int:
+        return int(self.packed.movable(self.model))
+
+    def place_embedding(self, on_host: bool) -> None:
+        self.packed.place_embedding(self.model, on_host)
+
+    def dequantized_bytes(self) -> int:
+        return int(self.packed.dequantized_bytes(self.model))
+
+    def dequantize(self, on: bool) -> bool:
+        return bool(self.packed.dequantize(self.model, on))
+
+
+class Padded(_InPlace):
+    """Rows filled up to the longest, through the model as transformers has it, with the loss of its own logits."""
+
+    pads = True
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, sample: Row):
+        """dtype: of the activations. sample: a row, with which it is found out how the loss can be computed."""
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        self.model, self.base = model, model.get_base_model()
+        self.device = next(model.parameters()).device if not torch.cuda.is_available() else torch.device("cuda")
+        self.dtype = dtype
+        self.collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+        self.chunked = self._head_is_all(sample["input_ids"][:HEAD_TOKENS])
+
+    def loss(self, rows: Sequence[Row], count: Tensor) -> Tensor:
+        """As `MicroBatches` says. Where the head alone gives the logits, they are computed in chunks, and never all at once."""
+        batch = {name: value.to(self.device) for name, value in self.collate(list(rows)).items()}
+        labels = batch.pop("labels")
+        with self._autocast():
+            if self.chunked:
+                return _in_chunks(self.base.get_output_embeddings(), self._hidden(**batch), labels, count)
+            outputs = self.model(**batch, use_cache=False)
+        return _of_logits(outputs.logits, labels, count)
+
+    def _hidden(self, **batch: Tensor) -> Tensor:
+        hidden: Tensor = self.base.base_model(**batch, use_cache=False).last_hidden_state
+        return hidden
+
+    def _autocast(self) -> Any:
+        lower = self.device.type == "cuda" and self.dtype is not torch.float32
+        return torch.autocast("cuda", self.dtype) if lower else contextlib.nullcontext()
+
+    def _head_is_all(self, sample: list[int]) -> bool:
+        """Whether the head alone, to the bit, makes the model's logits of its hidden states. Granite, for one, divides them by 8."""
+        training, ids = self.model.training, torch.tensor([sample], device=self.device)
+        self.model.eval()  # nothing is drawn
+        try:
+            with torch.no_grad(), self._autocast():
+                logits = self.base(input_ids=ids, use_cache=False).logits
+                hidden = self._hidden(input_ids=ids)
+                return torch.equal(self.base.get_output_embeddings()(hidden), logits)
+        except Exception:  # of an odd architecture the parts may not be where others have them: Llama 4's are not
+            return False
+        finally:
+            self.model.train(training)
+
+
+class Recipes(_InPlace):
+    """The recipe's own trainer makes micro-batch and loss: trl's SFTTrainer, as unsloth has patched it."""
+
+    def __init__(self, trainer: Any):
+        """trainer: an SFTTrainer of the model."""
+        self.trainer, self.model = trainer, trainer.model
+        self.collate = trainer.data_collator
+        self.pads = not getattr(self.collate, "padding_free", False)
+        trainer.model_accepts_loss_kwargs = True  # the loss is divided by our count, whatever the model says of itself
+
+    def loss(self, rows: Sequence[Row], count: Tensor) -> Tensor:
+        """As `MicroBatches` says."""
+        trainer = self.trainer
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+            batch = trainer._prepare_inputs(self.collate(list(rows)))
+            loss: Tensor = trainer.compute_loss(self.model, batch, num_items_in_batch=count)
+        return loss
+
+
+def labels_of(rows: Sequence[Row]) -> int:
+    """Tokens that the loss is on: the first of a row is predicted by nothing."""
+    return sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
+
+
+def _of_logits(logits: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+    """Cross entropy of all of a model's logits (rows, tokens, words), divided by the labels of the whole update."""
+    flat, following = logits[:, :-1].reshape(-1, logits.shape[-1]).float(), labels[:, 1:].reshape(-1)
+    return cross_entropy(flat, following, ignore_index=IGNORE_INDEX, reduction="sum") / count
+
+
+def _in_chunks(head: Any, hidden: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+    """The same as trl computes it from hidden states, a few tokens at a time."""
+    from trl.trainer import sft_trainer
+
+    size = sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE
+    loss: Tensor = sft_trainer._chunked_cross_entropy_loss(
+        hidden, head.weight, size, labels=labels, num_items_in_batch=count, lm_head_bias=head.bias
+    )[0]
+    return loss
