@@ -62,8 +62,8 @@ def temporary() -> str:
         return tempfile.gettempdir()
     except FileNotFoundError:
         raise MachineError(
-            f"TMPDIR={os.environ.get('TMPDIR', '')}: no folder for temporary files can be written, neither there nor in /tmp. "
-            "Give one, for example TMPDIR=/outputs, or with docker run --read-only add --tmpfs /tmp:exec"
+            f"TMPDIR={os.environ.get('TMPDIR', '')}: no folder for temporary files can be written, neither there nor "
+            "in /tmp. Give one, for example TMPDIR=/outputs, or with docker run --read-only add --tmpfs /tmp:exec"
         ) from None
 
 
@@ -125,7 +125,10 @@ def sha256(path: Path) -> str:
 
 
 def below(folder: Path) -> list[str]:
-    """Relative names of all that lies below `folder` and is no folder itself, sorted. A link counts, wherever it leads."""
+    """Relative names of all that lies below `folder` and is no folder itself, sorted.
+
+    A link counts, wherever it leads.
+    """
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 

@@ -21,8 +21,8 @@ def unwritable(settings: Settings) -> Iterator[str]:
             pass
     except OSError as error:
         yield (
-            f"OUTPUT_DIR={folder}: cannot be written ({error.strerror}). Give a folder that user {os.getuid()} may write, "
-            f"for example OUTPUT_DIR=/tmp/outputs, or with Docker --user $(id -u):$(id -g) and a volume you own."
+            f"OUTPUT_DIR={folder}: cannot be written ({error.strerror}). Give a folder that user {os.getuid()} may "
+            "write, for example OUTPUT_DIR=/tmp/outputs, or with Docker --user $(id -u):$(id -g) and a volume you own."
         )
 
 

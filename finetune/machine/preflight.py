@@ -15,7 +15,8 @@ from finetune.machine.gpus import Gpu, cuda_version, number
 from finetune.settings import Settings
 
 CPU_PARAMETERS = 500_000_000  # ENGINE=auto trains nothing larger without a GPU: 135M already makes 45 tokens/s
-# Oldest driver for each CUDA major version (12.x by minor-version compatibility). scripts/bootstrap.sh reads this line too.
+# Oldest driver for each CUDA major version (12.x by minor-version compatibility). scripts/bootstrap.sh reads this line
+# too.
 DRIVERS = {13: 580, 12: 525}
 OLDEST_CAPABILITY = (7, 5)  # the torch wheels hold kernels for sm_75 to sm_120
 DOCKER_RUN = 'docker run --gpus all -v "$PWD/outputs:/outputs" IMAGE'
@@ -27,8 +28,8 @@ def check(
 ) -> list[str]:  # fmt: skip
     """Lines that say what was found. Raises MachineError with every problem and its remedy.
 
-    count: parameters of the model, None: unknown. missing, damaged: sentences on the files that settings name. With one that is
-    missing it is a SettingsError.
+    count: parameters of the model, None: unknown. missing, damaged: sentences on the files that settings name. With
+    one that is missing it is a SettingsError.
     """
     problems = [
         *missing,
@@ -53,20 +54,23 @@ def _gpu(settings: Settings, visible: list[Gpu], count: int | None) -> Iterator[
     """Sentences on a GPU that is missing, too old, or has too old a driver."""
     if not visible:
         if settings.engine == "unsloth":
-            yield f"No GPU is visible, and ENGINE=unsloth needs one. With a GPU: {DOCKER_RUN}. Without: ENGINE=transformers."
+            yield (
+                f"No GPU is visible, and ENGINE=unsloth needs one. With a GPU: {DOCKER_RUN}. "
+                "Without: ENGINE=transformers."
+            )
         elif settings.engine == "auto" and count is not None and count > CPU_PARAMETERS:
             yield (
-                f"No GPU is visible, and {settings.model_name} with {_billions(count)} parameters is too large for a CPU. "
-                f"With a GPU: {DOCKER_RUN} (nvidia-smi must list it). "
-                "Without: `make smoke` trains a small model; ENGINE=transformers trains this one on the CPU, for days."
+                f"No GPU is visible, and {settings.model_name} with {_billions(count)} parameters is too large for a "
+                f"CPU. With a GPU: {DOCKER_RUN} (nvidia-smi must list it). Without: `make smoke` trains a small model; "
+                "ENGINE=transformers trains this one on the CPU, for days."
             )
         return
     gpu, cuda = visible[0], cuda_version()
     needed = DRIVERS.get(cuda[0], 0)
     if 0 < number(gpu.driver.partition(".")[0]) < needed:
         other = (
-            ", the image for CUDA 12.8 (make image CUDA=12.8), or `make train` without Docker, which installs the packages for "
-            "CUDA 12.8 by itself where it finds an old driver"
+            ", the image for CUDA 12.8 (make image CUDA=12.8), or `make train` without Docker, which installs the "
+            "packages for CUDA 12.8 by itself where it finds an old driver"
         )
         yield (
             f"The NVIDIA driver {gpu.driver} is too old: this build uses CUDA {cuda[0]}.{cuda[1]}, which needs driver "
@@ -83,17 +87,20 @@ def _gpu(settings: Settings, visible: list[Gpu], count: int | None) -> Iterator[
 
 
 def _compiler(visible: list[Gpu], environ: Mapping[str, str]) -> Iterator[str]:
-    """Triton compiles the launchers of its kernels at run time, and fails in the middle of the first update without these."""
+    """What Triton needs to compile the launchers of its kernels. Without it the first update would fail."""
     if not visible:
         return
     path = environ.get("PATH", os.defpath)
     if not any(shutil.which(name, path=path) for name in (environ.get("CC", ""), "gcc", "clang") if name):
-        yield "No C compiler is found, and GPU kernels need one. Install it (apt-get install gcc), or give its path, for example CC=/usr/bin/gcc."
+        yield (
+            "No C compiler is found, and GPU kernels need one. Install it (apt-get install gcc), or give its path, for "
+            "example CC=/usr/bin/gcc."
+        )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         yield (
-            f"{header} is missing, and GPU kernels are compiled with it. Install it (apt-get install python3-dev), or use a "
-            "Python that has it: `make train PYTHON=…`, or one that uv brings."
+            f"{header} is missing, and GPU kernels are compiled with it. Install it (apt-get install python3-dev), or "
+            "use a Python that has it: `make train PYTHON=…`, or one that uv brings."
         )
 
 

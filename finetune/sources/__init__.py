@@ -21,7 +21,10 @@ class Hub(Protocol):
     """What the module of a hub offers."""
 
     def login(self, settings: Settings, publishes: bool) -> None:
-        """Print whose token it is. Raises HubError where the token is refused, or may not write and this call `publishes`."""
+        """Print whose token it is.
+
+        Raises HubError where the token is refused, or may not write and this call `publishes`.
+        """
         ...
 
     def commit(self, variable: str, name: str, revision: str, settings: Settings) -> str:
@@ -53,7 +56,8 @@ def fetch_model(settings: Settings) -> Source:
     The 16-bit repository is fetched once and serves both: quantised at load for training, read again by the merge.
     A quantised mirror would train on other weights than the merge adds to (unsloth #1089, peft #2321).
 
-    Raises SettingsError where the name stands for no model that can be trained, HubError where the Hub does not give it.
+    Raises SettingsError where the name stands for no model that can be trained, HubError where the Hub does
+    not give it.
     """
     if problem := local.missing(settings):
         raise SettingsError(problem)
@@ -63,14 +67,14 @@ def fetch_model(settings: Settings) -> Source:
     if (source.folder / "adapter_config.json").is_file():
         # transformers would load it too, and the merge would add to the weights without it
         raise SettingsError(
-            f"MODEL_NAME={name}: holds an adapter (adapter_config.json) beside the model, and it is not clear which of them is "
-            "meant; name the model alone, or one that the adapter is merged into"
+            f"MODEL_NAME={name}: holds an adapter (adapter_config.json) beside the model, and it is not clear which of "
+            "them is meant; name the model alone, or one that the adapter is merged into"
         )
     return source
 
 
 def cached(name: str, commit: str | None) -> Source | None:
-    """A model that is on this machine already: a commit in the Hub's cache, or a folder. No network; None: it is not."""
+    """A model that is on this machine already: a commit in the Hub's cache, or a folder; else None. No network."""
     if commit is not None and (source := hub().cached(name, commit)):
         return source
     folder = Path(name).expanduser()

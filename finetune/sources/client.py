@@ -22,7 +22,7 @@ def token(settings: Settings) -> str | bool:
 
 @contextlib.contextmanager
 def explained(variable: str, name: str, revision: str = "main") -> Iterator[None]:
-    """Turn the client's exceptions into sentences that name the variable and the way out: SettingsError, HubError, MachineError.
+    """Turn the client's exceptions into SettingsError, HubError or MachineError that name variable and way out.
 
     name: the variable's value, as it may be shown.
     """
@@ -32,7 +32,8 @@ def explained(variable: str, name: str, revision: str = "main") -> Iterator[None
         yield
     except errors.GatedRepoError:
         raise HubError(
-            f"{shown}: access must be asked for on the repository's page, and HF_TOKEN must belong to the account that got it"
+            f"{shown}: access must be asked for on the repository's page, and HF_TOKEN must belong to the account that "
+            "got it"
         ) from None
     except errors.RepositoryNotFoundError:
         raise SettingsError(
@@ -41,7 +42,8 @@ def explained(variable: str, name: str, revision: str = "main") -> Iterator[None
         ) from None
     except errors.RevisionNotFoundError:
         raise SettingsError(
-            f"{variable.replace('_NAME', '_REVISION')}={revision}: {name} has no such branch, tag or commit, for example main"
+            f"{variable.replace('_NAME', '_REVISION')}={revision}: {name} has no such branch, tag or commit, for "
+            "example main"
         ) from None
     except errors.HFValidationError:
         raise SettingsError(
@@ -49,8 +51,8 @@ def explained(variable: str, name: str, revision: str = "main") -> Iterator[None
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise HubError(
-            f"{shown}: {_unreached(error.__cause__ or error)}, and it is not in the cache. Check the network, the proxy, "
-            "HF_ENDPOINT and the token's rights, or give a local path."
+            f"{shown}: {_unreached(error.__cause__ or error)}, and it is not in the cache. Check the network, the "
+            "proxy, HF_ENDPOINT and the token's rights, or give a local path."
         ) from None
     except errors.HfHubHTTPError as error:
         raise HubError(_answered(error, variable, shown)) from None
@@ -71,8 +73,8 @@ def _check_proxies() -> None:
             httpx.Client().close()  # reads the proxies
     except (ImportError, ValueError, httpx.InvalidURL) as error:
         raise HubError(
-            f"http_proxy, https_proxy or all_proxy: cannot be used ({first_line(error)}); it takes an http proxy, for example "
-            "https_proxy=http://127.0.0.1:7890"
+            f"http_proxy, https_proxy or all_proxy: cannot be used ({first_line(error)}); it takes an http proxy, for "
+            "example https_proxy=http://127.0.0.1:7890"
         ) from None
 
 

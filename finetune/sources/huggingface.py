@@ -33,7 +33,7 @@ COMMIT = "[0-9a-f]{40}"
 
 @dataclasses.dataclass(frozen=True)
 class Cached(Source):
-    """A model in the Hub's cache. mends: a file that is not what the Hub names it is removed, so that it comes down again."""
+    """A model in the Hub's cache. mends: a file with a wrong hash is removed, and the next run downloads it."""
 
     mends: bool = False
 
@@ -52,8 +52,9 @@ class Cached(Source):
                 files.remove(path, ignore_errors=True)
             way_out = f"Remove {path}" if os.path.lexists(path) else "It is removed"
             problems.append(
-                f"MODEL_NAME={self.name}: {name} is not the file that the Hub has: its hash is {blob.found}, expected was "
-                f"{blob.named}. A mirror, a proxy or a disk has changed it{f'. {way_out}, and {again}' if self.mends else ''}"
+                f"MODEL_NAME={self.name}: {name} is not the file that the Hub has: its hash is {blob.found}, expected "
+                f"was {blob.named}. A mirror, a proxy or a disk has changed "
+                f"it{f'. {way_out}, and {again}' if self.mends else ''}"
             )
         if problems:
             raise HubError(*problems)
@@ -78,8 +79,8 @@ def login(settings: Settings, publishes: bool) -> None:
     print(f"Hub: logged in as {answer['name']}; the token may {rights}", flush=True)
     if publishes and not writes:
         raise HubError(
-            "HF_TOKEN: publishing needs the right to write, and this token may only read. Make one with the right to write "
-            "in the Hub's settings, Access Tokens, and give it in HF_TOKEN."
+            "HF_TOKEN: publishing needs the right to write, and this token may only read. Make one with the right to "
+            "write in the Hub's settings, Access Tokens, and give it in HF_TOKEN."
         )
 
 
@@ -105,7 +106,8 @@ def commit(variable: str, name: str, revision: str, settings: Settings) -> str:
 def fetch(settings: Settings) -> Cached:
     """MODEL_NAME's files, downloaded at the commit that MODEL_REVISION names now.
 
-    Those that are read before the weights are checked. The weights follow in `digests`, while the libraries are imported.
+    Those that are read before the weights are checked. The weights follow in `digests`, while the libraries are
+    imported.
     """
     name, revision = settings.model_name, settings.model_revision
     with explained("MODEL_NAME", name, revision):
@@ -114,8 +116,8 @@ def fetch(settings: Settings) -> Cached:
             config = Path(hf_hub_download(filename="config.json", revision=revision, **asked))
         except errors.RemoteEntryNotFoundError:
             raise SettingsError(
-                f"MODEL_NAME={name}: has no config.json, so it is no model that can be trained (GGUF files, or an adapter alone); "
-                "name the model that it was made of, in 16 bits"
+                f"MODEL_NAME={name}: has no config.json, so it is no model that can be trained (GGUF files, or an "
+                "adapter alone); name the model that it was made of, in 16 bits"
             ) from None
         source = Cached(name, config.parent.name, config.parent, mends=True)
         source.check(["config.json"])
@@ -172,7 +174,7 @@ def dataset(settings: Settings, split: str) -> tuple[str | None, Dataset]:
 
 
 def _not_rows(name: str, error: Exception) -> Exception:
-    """What to raise where `datasets` makes no rows of a repository: with what it says, or the error of Hub or machine behind it."""
+    """What to raise where `datasets` makes no rows of a repository: the error of Hub or machine behind, or ours."""
     from datasets.table import CastError
 
     cause: BaseException | None = error
@@ -185,8 +187,8 @@ def _not_rows(name: str, error: Exception) -> Exception:
     behind = error.__cause__ if isinstance(error.__cause__, Exception) else error
     said = f"its files differ in columns: {behind.details()}" if isinstance(behind, CastError) else first_line(behind)
     return SettingsError(
-        f"DATASET_NAME={name}: cannot be read as a data set ({without_password(said)}). Name one of its configurations in "
-        f"DATASET_CONFIG, or download its files of rows and give their path, for example DATASET_NAME=./rows.jsonl"
+        f"DATASET_NAME={name}: cannot be read as a data set ({without_password(said)}). Name one of its configurations "
+        "in DATASET_CONFIG, or download its files of rows and give their path, for example DATASET_NAME=./rows.jsonl"
     )
 
 
@@ -200,7 +202,7 @@ def _taken_offline(found: Dataset, asked: str, name: str) -> str | None:
         return asked if re.fullmatch(COMMIT, asked) else None
     if re.fullmatch(COMMIT, asked) and taken != asked:
         raise HubError(
-            f"DATASET_REVISION={asked}: is not in the cache, which has {taken} of {name}, and HF_HUB_OFFLINE is set; load it once "
-            "with the network"
+            f"DATASET_REVISION={asked}: is not in the cache, which has {taken} of {name}, and HF_HUB_OFFLINE is set; "
+            "load it once with the network"
         )
     return taken

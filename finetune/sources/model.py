@@ -40,8 +40,9 @@ class Source:
     def digests(self) -> dict[str, str]:
         """sha256 of each file that decides what is trained on and merged into, under its name.
 
-        It tells one model from another wherever its folder stands. A folder's files are read each time, which warms them for
-        loading; those of the Hub's cache once. Raises HubError where one of these is not what the Hub names it.
+        It tells one model from another wherever its folder stands. A folder's files are read each time, which warms
+        them for loading; those of the Hub's cache once. Raises HubError where one of these is not what the Hub names
+        it.
         """
         return self.hashing.result()
 
@@ -83,9 +84,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of a model folder's weight files. Raises SettingsError where there are none, or the index names an absent one.
+    """Names of a model folder's weight files.
 
-    Of several forms it is the one that transformers loads: what is trained and what is merged into must be the same weights.
+    Raises SettingsError where there are none, or where the index names one that is not there.
+
+    Of several forms it is the one that transformers loads: what is trained and what is merged into must be the same
+    weights.
     """
     for first in ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"):
         if not (folder / first).is_file():

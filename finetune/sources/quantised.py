@@ -35,8 +35,8 @@ def quantised(source: Source) -> str | None:
         else "16-bit original, or a 16-bit copy of it"
     )
     return (
-        f"MODEL_NAME={source.name}: its weights are quantised ({method}), and a run needs 16-bit ones; name the {original} "
-        "(LOAD_IN_4BIT=1 holds that in 4 bits too)"
+        f"MODEL_NAME={source.name}: its weights are quantised ({method}), and a run needs 16-bit ones; name the "
+        f"{original} (LOAD_IN_4BIT=1 holds that in 4 bits too)"
     )
 
 

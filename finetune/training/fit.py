@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from finetune.data import Tokens
     from finetune.engines import Choice, Engine
-    from finetune.run.inputs import Record
 
 STREAM_ROWS = 64  # whose tokens are measured with
 
@@ -72,7 +71,7 @@ class Fit:
 
 def fit(
     model: PeftModel, tokens: Tokens, tokenizer: PreTrainedTokenizerBase, settings: Settings, choice: Choice,
-    engine: Engine, folder: Path, recorded: Record | None = None,
+    engine: Engine, folder: Path, recorded: Mapping[str, Any] | None = None,
 ) -> Fit:  # fmt: skip
     """Train the adapter of `model` in place, from the newest whole checkpoint in `folder` if there is one.
 

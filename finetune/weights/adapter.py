@@ -44,7 +44,9 @@ def save(model: PeftModel, source: Source, output: Path, words: Mapping[str, byt
 
 
 class Adapter:
-    """An adapter folder as PEFT wrote it. pairs: module name -> (A, B), float64, (r, in) and (out, r); biases: name -> tensor.
+    """An adapter folder as PEFT wrote it.
+
+    pairs: module name -> (A, B) in float64, of shapes (r, in) and (out, r). biases: module name -> tensor.
 
     Raises MergeError where it holds something else.
     """

@@ -14,7 +14,9 @@ from finetune.weights.sums import WORKERS, Counts, Sums, blocks, finite
 
 
 def compare(source: Source, output: Path, old: bool = False) -> Counts:
-    """Hold `output`/merged against base and `output`/adapter, block by block. old: its types are those of the old rule of `sums`.
+    """Hold `output`/merged against base and `output`/adapter, block by block.
+
+    old: the tensors have the types of the old rule (`sums.Sums`).
 
     Raises SettingsError that names, for each shard, the first tensor that is not what it must be.
     """

@@ -21,10 +21,13 @@ from finetune.weights.shards import Base
 
 
 class Layout:
-    """Which tensor of the base is which part of the model, as transformers finds it. transposed: modules that store (in, out).
+    """Which tensor of the base is which part of the model, as transformers finds it.
 
-    Names in the files are often other ones than in the model, and names alone mislead: below the same end stand layers of
-    the language model, of towers for pictures and sound, and of those that predict further tokens (MTP), which are not loaded.
+    transposed: modules that store (in, out).
+
+    Names in the files are often other ones than in the model, and names alone mislead: below the same end stand layers
+    of the language model, of towers for pictures and sound, and of those that predict further tokens (MTP), which are
+    not loaded.
     """
 
     def __init__(self, base: Base, modules: Collection[str]):
@@ -38,8 +41,8 @@ class Layout:
                 break
         if not found:
             raise SettingsError(
-                f"MODEL_NAME={base.folder}: is of a kind that transformers cannot build, so that the merge cannot find its "
-                "weights; set SAVE_MERGED=0"
+                f"MODEL_NAME={base.folder}: is of a kind that transformers cannot build, so that the merge cannot find "
+                "its weights; set SAVE_MERGED=0"
             )
         self.transposed = {name for name, module in found.items() if isinstance(module, Conv1D)}
         self.names = _loaded_as(found[""], base.shapes)
@@ -50,13 +53,13 @@ class Layout:
         if self.base.shapes.get(name) == shape:
             return name
         raise SettingsError(
-            f"{self.base.folder.name}: the weights of {module} are stored in another form than the model uses, so that the merge "
-            "cannot find them; leave it out of TARGET_MODULES, or set SAVE_MERGED=0"
+            f"{self.base.folder.name}: the weights of {module} are stored in another form than the model uses, so that "
+            "the merge cannot find them; leave it out of TARGET_MODULES, or set SAVE_MERGED=0"
         )
 
 
 def _models(folder: Path) -> Iterator[Any]:
-    """The model without its weights, in each class that takes it: the transformers engine's first, then those of unsloth."""
+    """The model without its weights, in each class that takes it: the transformers engine's first, then unsloth's."""
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
         model = None
         with torch.device("meta"), contextlib.suppress(ValueError):  # of a kind that it does not know
@@ -69,7 +72,8 @@ def _models(folder: Path) -> Iterator[Any]:
 def _loaded_as(model: Any, names: Collection[str]) -> dict[str, str]:
     """Name in the model -> name of the tensor that transformers loads there as it is; "" where it makes it of several.
 
-    As convert_and_load_state_dict_in_model goes through them: sorted, all renamings, then one conversion; the first counts.
+    As convert_and_load_state_dict_in_model goes through them: sorted, all renamings, then one conversion; the first
+    counts.
     """
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
@@ -86,7 +90,10 @@ def _loaded_as(model: Any, names: Collection[str]) -> dict[str, str]:
 
 
 def check_mergeable(model: PeftModel, source: Source) -> None:
-    """Before training: every adapted module has its tensor in the base. Raises SettingsError that names those without."""
+    """Before training: every adapted module has its tensor in the base.
+
+    Raises SettingsError that names those without.
+    """
     adapted = {key: module for key, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
     layout = Layout(Base(source.folder), adapted)
     found, lost = set(), set()
@@ -102,6 +109,7 @@ def check_mergeable(model: PeftModel, source: Source) -> None:
     if lost:
         rest = ",".join(sorted(found - lost))
         raise SettingsError(
-            f"TARGET_MODULES: {source.name} stores the weights of {', '.join(sorted(lost))} in another form than the model uses, so that "
-            f"the merge cannot find them; leave them out{rest and f', for example TARGET_MODULES={rest}'}, or set SAVE_MERGED=0"
+            f"TARGET_MODULES: {source.name} stores the weights of {', '.join(sorted(lost))} in another form than the "
+            "model uses, so that the merge cannot find them; leave them "
+            f"out{rest and f', for example TARGET_MODULES={rest}'}, or set SAVE_MERGED=0"
         )

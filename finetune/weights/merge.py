@@ -1,7 +1,7 @@
 """The streamed 16-bit merge: base shards in, merged shards out, checked on disk.
 
-It goes block by block, several at once: while some are made and written, those before them go to the disk, and those that
-have arrived there are read back and compared.
+It goes block by block, several at once: while some are made and written, those before them go to the disk, and those
+that have arrived there are read back and compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from finetune.weights.adapter import NONE, Adapter
 from finetune.weights.shards import Base, Shard, begin, index, made_of, shard_names
 from finetune.weights.sums import WORKERS, Block, Counts, Sums, blocks, most
 
-# Blocks between two waits for the disk: 0.5 GB, so that it has work from the start and little is left to check at the end.
+# Blocks between two waits for the disk: 0.5 GB, so that it has work from the start and little is left to check at the
+# end.
 GROUP = 256
 
 
@@ -65,8 +66,8 @@ def merge(source: Source, output: Path, device: str = "cpu", words: Mapping[str,
         files.remove(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise MachineError(
-                f"{output}: the disk is full, the merge needs {base.size / 1e9:.1f} GB. The adapter and the checkpoint are "
-                "kept: free some space and start again with the same settings, or set SAVE_MERGED=0."
+                f"{output}: the disk is full, the merge needs {base.size / 1e9:.1f} GB. The adapter and the checkpoint "
+                "are kept: free some space and start again with the same settings, or set SAVE_MERGED=0."
             ) from None
         raise
     files.publish(partial, output / "merged")
@@ -103,8 +104,8 @@ def _write_configs(
 ) -> None:
     """config.json with the type of the weights, generation_config.json, tokenizer and processor, all the base's own.
 
-    The type is that of most merged weights. What the base's config.json says may be another one, in which they would be loaded
-    and rounded.
+    The type is that of most merged weights. What the base's config.json says may be another one, in which they would
+    be loaded and rounded.
     """
     config = json.loads((source.folder / "config.json").read_bytes())
     config.pop("torch_dtype", None)

@@ -13,8 +13,8 @@ from finetune.weights import safetensors
 def parameters(source: Source) -> int | None:
     """Parameters of a model, counted in its safetensors headers, else as a Hub name states them; None: unknown.
 
-    source: its folder need not be there yet. Raises MachineError where one of its files is damaged or closed, HubError where the
-    Hub's own hash says that too.
+    source: its folder need not be there yet. Raises MachineError where one of its files is damaged or closed, HubError
+    where the Hub's own hash says that too.
     """
     try:
         # and no others: consolidated.safetensors are the same weights once more

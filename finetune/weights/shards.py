@@ -17,11 +17,15 @@ from finetune.errors import MergeError, SettingsError
 from finetune.sources.model import weight_files
 from finetune.weights import safetensors
 
-# Weights that are added at once, the same on every device: BLAS may add in another order where a matrix has another shape.
-# Another order changes the last bit of most float64 sums, and 3e-14 of them then round to another bfloat16. Malloc keeps
-# the 8 MB of float64 for the next block; 32 MB it would take from the system each time, and a sum takes 5 times as long.
+# Weights that are added at once, the same on every device: BLAS may add in another order where a matrix has another
+# shape. Another order changes the last bit of most float64 sums, and 3e-14 of them then round to another bfloat16.
+# Malloc keeps the 8 MB of float64 for the next block; 32 MB it would take from the system each time, and a sum takes 5
+# times as long.
 BLOCK = 2**20
-CODES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+CODES = {
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 
 
 class Shard:
@@ -55,7 +59,10 @@ class Shard:
         return range(0, math.prod(above) if width else 0, max(1, BLOCK // max(1, width)))
 
     def read(self, name: str, row: int) -> Tensor:
-        """The block that begins at that row, as a matrix (rows, width). Raises SettingsError where the file ends within it."""
+        """The block that begins at that row, as a matrix (rows, width).
+
+        Raises SettingsError where the file ends within it.
+        """
         starts, width = self.starts(name), (self.shapes[name] or (1,))[-1]
         count = min(starts.step, starts.stop - row)
         if self.path.suffix != ".safetensors":
@@ -80,8 +87,8 @@ class Base:
         config = json.loads((folder / "config.json").read_bytes())
         if "quantization_config" in config:
             raise SettingsError(
-                f"MODEL_NAME={folder}: is a quantised model ({config['quantization_config'].get('quant_method')}), to which a "
-                "16-bit merge cannot add; name its 16-bit original, or set SAVE_MERGED=0"
+                f"MODEL_NAME={folder}: is a quantised model ({config['quantization_config'].get('quant_method')}), to "
+                "which a 16-bit merge cannot add; name its 16-bit original, or set SAVE_MERGED=0"
             )
         self.shards = [Shard(folder / name) for name in weight_files(folder)]
         self.folder = folder
@@ -99,7 +106,10 @@ def begin(shard: Shard, path: Path, dtypes: Mapping[str, torch.dtype]) -> Shard:
 
 
 def made_of(shard: Shard, path: Path, dtypes: Mapping[str, torch.dtype]) -> Shard:
-    """The file at `path`. Raises MergeError where it does not hold the base's tensors in their order and the merge's types."""
+    """The file at `path`.
+
+    Raises MergeError where it does not hold the base's tensors in their order and the merge's types.
+    """
     made, wanted = Shard(path), header_of(shard, dtypes)
     if wrong := sorted(name for name in {*made.header, *wanted} if made.header.get(name) != wanted.get(name)):
         raise MergeError(f"{path.name}: holds other tensors than the base's {shard.path.name}: {', '.join(wrong)}")

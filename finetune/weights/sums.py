@@ -24,10 +24,11 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What the merged tensors are. changed: targets whose weights moved; rounded_away: targets that 16 bits left as the base's.
+    """What the merged tensors are.
 
-    unreached: targets for which nothing was learned, such as layers without a gradient; unreached_first: one of them.
-    kept: tensors without a target, equal to the base's bit for bit; rounded: to the base's, rounded to bfloat16.
+    changed: targets whose weights moved; rounded_away: targets that 16 bits left as the base's. unreached: targets for
+    which nothing was learned, such as layers without a gradient; unreached_first: one of them. kept: tensors without a
+    target, equal to the base's bit for bit; rounded: to the base's, rounded to bfloat16.
     """
 
     changed: int
@@ -49,7 +50,11 @@ class Block:
 
 
 class Sums:
-    """base + adapter, block by block. device: where the sums are made. dtypes: of the tensors that are made, by the `old` rule or not."""
+    """base + adapter, block by block.
+
+    device: where the sums are made. old: the merged tensors have the types that older programs gave them, see
+    `_merged_dtypes`.
+    """
 
     def __init__(self, base: Base, adapter: Adapter, device: str, old: bool = False):
         self.targets, self.scale, self.device = adapter.locate(base), adapter.scale, device
@@ -59,7 +64,8 @@ class Sums:
         # B begins with zeros: it still holds nothing else where no gradient came
         pairs = ((name, target) for name, target in self.targets.items() if isinstance(target, tuple))
         self.unreached = {name for name, pair in pairs if not all(bool(factor.any()) for factor in pair)}
-        # of the tensors under way: in float64 the whole adapter takes 0.3 GB of an 8B model's card at rank 16, 5 GB at 256
+        # of the tensors under way: in float64 the whole adapter takes 0.3 GB of an 8B model's card at rank 16, 5 GB at
+        # 256
         self.factors = functools.lru_cache(2 * WORKERS)(lambda name: [f.to(device) for f in self.targets[name]])
 
     def merged(self, block: Block) -> tuple[Tensor, Tensor]:
@@ -116,10 +122,11 @@ def finite(tensor: Tensor) -> bool:
 
 
 def _merged_dtypes(base: Base, old: bool) -> dict[str, torch.dtype]:
-    """The type of each merged tensor: the base's own. A base that is float32 or float64 as a whole becomes a 16-bit one.
+    """The type of each merged tensor: the base's own, but a base that is float32 or float64 as a whole becomes 16-bit.
 
-    Its matrices then become bfloat16, which has their range. What has fewer dimensions stays (norms, biases, A_log): it is
-    small, and the model may need its last bits. old: as programs before this rule did it, who rounded all that is wide.
+    Its matrices then become bfloat16, which has their range. What has fewer dimensions stays (norms, biases, A_log):
+    it is small, and the model may need its last bits. old: as programs before this rule did it, who rounded all that
+    is wide.
     """
     wide = (torch.float32, torch.float64)
     if not old and most(base, base.dtypes) not in wide:

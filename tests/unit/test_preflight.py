@@ -183,3 +183,16 @@ def test_weights_that_are_not_loaded_are_not_counted(tmp_path: Path) -> None:
     for path in tmp_path.glob("model*"):
         path.unlink()
     assert parameters(Source("model", None, tmp_path)) is None
+
+
+def test_a_folder_below_the_home_is_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name it would be one of 180,000 GB."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [2000000], "data_offsets": [0, 4000000]}}).encode()
+    (tmp_path / "huge-90000B").mkdir()
+    (tmp_path / "huge-90000B" / "config.json").write_text("{}")
+    (tmp_path / "huge-90000B" / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + bytes(4000000)
+    )
+    found = checked(tmp_path, H100, monkeypatch=monkeypatch, MODEL_NAME="~/huge-90000B", DATASET_NAME="samples")
+    assert "model: ~/huge-90000B, 2 M parameters" in found
