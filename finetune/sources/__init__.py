@@ -25,27 +25,22 @@ class Hub(Protocol):
 
         Raises HubError where the token is refused, or may not write and this call `publishes`.
         """
-        ...
 
     def commit(self, variable: str, name: str, revision: str, settings: Settings) -> str:
         """The commit that the revision of a repository names now. variable: MODEL_NAME or DATASET_NAME."""
-        ...
 
     def fetch(self, settings: Settings) -> Source:
         """MODEL_NAME's files, downloaded at the commit that MODEL_REVISION names now."""
-        ...
 
     def cached(self, name: str, commit: str) -> Source | None:
         """The model's files at that commit, without the network; None: they are not on this machine."""
-        ...
 
     def dataset(self, settings: Settings, split: str) -> tuple[str | None, Dataset]:
         """All rows of a split of DATASET_NAME, and their commit; None: unknown."""
-        ...
 
 
 def hub(name: str = "huggingface") -> Hub:
-    """The module of a hub. It is imported only now: its client takes 0.2 s, and a run with local files needs none."""
+    """The module of a hub, imported only now: its client takes 0.2 s, and `check` needs none."""
     found: Hub = importlib.import_module(HUBS[name])
     return found
 

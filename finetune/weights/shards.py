@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from finetune.errors import MergeError, SettingsError
-from finetune.sources.model import weight_files
+from finetune.sources.model import Source, weight_files
+from finetune.sources.quantised import quantised
 from finetune.weights import safetensors
 
 # Weights that are added at once, the same on every device: BLAS may add in another order where a matrix has another
@@ -84,12 +85,8 @@ class Base:
     """The 16-bit base on disk. Raises SettingsError where it is quantised, or has no weights that can be read."""
 
     def __init__(self, folder: Path):
-        config = json.loads((folder / "config.json").read_bytes())
-        if "quantization_config" in config:
-            raise SettingsError(
-                f"MODEL_NAME={folder}: is a quantised model ({config['quantization_config'].get('quant_method')}), to "
-                "which a 16-bit merge cannot add; name its 16-bit original, or set SAVE_MERGED=0"
-            )
+        if problem := quantised(Source(str(folder), None, folder)):
+            raise SettingsError(problem)
         self.shards = [Shard(folder / name) for name in weight_files(folder)]
         self.folder = folder
         self.shapes = {name: shape for shard in self.shards for name, shape in shard.shapes.items()}

@@ -492,5 +492,5 @@ def test_bases_that_cannot_be_merged_into(tmp_path: Path) -> None:
     shard.write_bytes(content)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
-    with pytest.raises(SettingsError, match="quantised model"):
+    with pytest.raises(SettingsError, match="its weights are quantised"):
         merge.merge(Source("base", None, folder), tmp_path)
