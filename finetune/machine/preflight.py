@@ -15,8 +15,7 @@ from finetune.machine.gpus import Gpu, cuda_version, number
 from finetune.settings import Settings
 
 CPU_PARAMETERS = 500_000_000  # ENGINE=auto trains nothing larger without a GPU: 135M already makes 45 tokens/s
-# Oldest driver for each CUDA major version (12.x by minor-version compatibility). scripts/bootstrap.sh reads this line
-# too.
+# Oldest driver for each CUDA major version (12.x by minor-version compatibility). scripts/bootstrap.sh reads it here.
 DRIVERS = {13: 580, 12: 525}
 OLDEST_CAPABILITY = (7, 5)  # the torch wheels hold kernels for sm_75 to sm_120
 DOCKER_RUN = 'docker run --gpus all -v "$PWD/outputs:/outputs" IMAGE'

@@ -1,4 +1,4 @@
-"""The layers of pyproject.toml hold, also for what import-linter does not see: modules named in strings, circles through `__init__`."""
+"""The layers of pyproject.toml hold, also where import-linter does not look: strings, and circles through `__init__`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def layer_of(module: str) -> int:
     """The number of a module's layer, from the top."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    return next(n for n, layer in enumerate(layers) if module.split(".")[1] in layer.split(" | "))
+    return next(n for n, layer in enumerate(layers) if module.split(".")[1] in layer.strip("()").split(" | "))
 
 
 def test_modules_are_named_in_strings_in_three_tables_alone_and_downwards() -> None:
