@@ -61,9 +61,10 @@ test-gpu: dev ## the tests that need a CUDA GPU, within 10 minutes; where there 
 bench: main ## time every engine and two baselines on a GPU, side by side
 	@$(PYTHON_RUN) scripts/bench.py $(ARGS)
 
-lint: dev ## ruff, mypy, shellcheck, hadolint
+lint: dev ## ruff, layers of imports, mypy, shellcheck, hadolint
 	@$(PYTHON_RUN) -m ruff check .
 	@$(PYTHON_RUN) -m ruff format --check .
+	@"$$VENV/bin/lint-imports" --no-cache --no-logo
 	@$(PYTHON_RUN) -m mypy $(PYTHON_FILES)
 	@"$$VENV/bin/shellcheck" $(SCRIPTS)
 	@$(if $(wildcard docker/Dockerfile),"$$VENV/bin/hadolint" docker/Dockerfile)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from finetune import files  # noqa: E402
-from finetune.machine import preflight  # noqa: E402
+from finetune.machine import gpus  # noqa: E402
 from finetune.run import provenance  # noqa: E402
 
 SHAPES = (
@@ -55,7 +55,7 @@ def seen(tokens: int, wide: int, deep: int, device: str) -> dict[str, float]:
 def main(words: list[str]) -> None:
     """All shapes that this machine computes in reasonable time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    gpu = next(iter(preflight.gpus(os.environ)), None)
+    gpu = next(iter(gpus.gpus(os.environ)), None)
     shapes = SHAPES if gpu else SHAPES[:3]
     found = dict(
         command="python3 benchmarks/adapter_rounding.py OUT.json", gpu=gpu.name if gpu else None, driver=gpu.driver if gpu else None,

@@ -30,7 +30,7 @@ from finetune.engines.compiled import attention  # noqa: E402
 from finetune.engines.compiled import path as compiled  # noqa: E402
 from finetune.run import provenance  # noqa: E402
 from finetune.settings import Settings  # noqa: E402
-from finetune.sources import hub  # noqa: E402
+from finetune.sources.model import Source  # noqa: E402
 
 ROWS, RATES = 4, [0, 4e-5, 8e-5, 12e-5, 16e-5, *[2e-4] * 7]  # the recipe's warm-up, then its learning rate
 Row = dict[str, list[int]]
@@ -117,9 +117,7 @@ def main(out: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "smoke_model.py")]
     folder = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     settings = Settings.from_env({"MODEL_NAME": folder, "DATASET_NAME": "samples", "MAX_SEQ_LENGTH": "160"})
-    tokens = data.tokenize(
-        data.load(settings), data.tokenizer(hub.Source(folder, None, Path(folder))), settings
-    ).dataset
+    tokens = data.tokenize(data.load(settings), data.tokenizer(Source(folder, None, Path(folder))), settings).dataset
     order = [*range(len(tokens))] * 9
     random.Random(1).shuffle(order)
     rows: list[Row] = [dict(input_ids=tokens[index]["input_ids"], labels=tokens[index]["labels"]) for index in order]

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from finetune import files
 from finetune.errors import SettingsError
-from finetune.machine import preflight
 from finetune.settings import Settings, declarations
 
 # nothing phones home (unsloth #3680 hung behind firewalls on its start-up call), and no window is opened for a plot
@@ -122,7 +122,7 @@ def _caches(layered: Mapping[str, str]) -> dict[str, str]:
 
 def _temporary() -> Path:
     """A folder of this user's own: compiled code is loaded from it, so one that someone else has put there is passed over."""
-    place = Path(preflight.temporary()) / f"finetune-cache-{os.getuid()}"
+    place = Path(files.temporary()) / f"finetune-cache-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         place.mkdir(mode=0o700)
     found = place.lstat()
@@ -131,6 +131,6 @@ def _temporary() -> Path:
 
 
 def _writable(place: Path) -> bool:
-    """Whether the folder is there, or could be made, and files in it. (`Path.exists` raises where it may not look.)"""
-    existing = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.exists(p))
+    """Whether the folder is there, or could be made, and files in it."""
+    existing = files.existing(place)
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

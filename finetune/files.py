@@ -10,12 +10,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import Refusal
+from finetune.errors import MachineError, Refusal
 
 PIECE = 2**24  # bytes; a thread asks for the GIL after each, and waits up to 5 ms for it while another imports
 
@@ -56,6 +56,22 @@ def told(folder: Path) -> Iterator[None]:
         raise
 
 
+def temporary() -> str:
+    """The folder for temporary files. Raises MachineError where there is none: tokenizing and compiling need one."""
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        raise MachineError(
+            f"TMPDIR={os.environ.get('TMPDIR', '')}: no folder for temporary files can be written, neither there nor "
+            "in /tmp. Give one, for example TMPDIR=/outputs, or with docker run --read-only add --tmpfs /tmp:exec"
+        ) from None
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the first above it that exists. (`Path.exists` raises where it may not look.)"""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, as people can read it."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
@@ -64,6 +80,15 @@ def write_json(path: Path, value: Any) -> None:
 def open_as_its_neighbours(adapter: Path) -> None:
     """Give an adapter's weights the mode of its other files: safetensors writes them for their owner alone."""
     shutil.copymode(adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
+
+
+def copy(source: Path, target: Path, names: Collection[str], instead: Mapping[str, bytes]) -> None:
+    """Copy those of the files that are in `source`. instead: the content of some, in place of the source's."""
+    for name in names:
+        if name in instead:
+            write_bytes(target / name, instead[name])
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def remove(path: Path, *, ignore_errors: bool = False) -> None:
@@ -100,7 +125,10 @@ def sha256(path: Path) -> str:
 
 
 def below(folder: Path) -> list[str]:
-    """Relative names of all that lies below `folder` and is no folder itself, sorted. A link counts, wherever it leads."""
+    """Relative names of all that lies below `folder` and is no folder itself, sorted.
+
+    A link counts, wherever it leads.
+    """
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from finetune import files  # noqa: E402
-from finetune.machine import preflight  # noqa: E402
+from finetune.machine import gpus  # noqa: E402
+from finetune.sources.model import Source  # noqa: E402
+from finetune.weights.parameters import parameters  # noqa: E402
 
 SKIPPED = 8  # updates that compile and warm up
 CASES: dict[str, dict[str, str] | list[str]] = {
@@ -56,7 +58,7 @@ def main() -> None:
     work = Path(os.environ.get("WORK", "/tmp/work"))
     if not (work / "rows.json").is_file():
         parser.error(f"WORK={work}: holds no workload; make it with TOKENIZER=… python benchmarks/workload.py")
-    here = machine() | dict(parameters=preflight.parameters(str(work / "model")))
+    here = machine() | dict(parameters=parameters(Source("model", None, work / "model")))
     results: list[dict[str, Any]] = []
     for name in chosen:
         results.append(dict(case=name, **run(name, given.steps, given.timeout, given.out, work)))
@@ -155,7 +157,7 @@ def machine() -> dict[str, Any]:
     """GPU, driver, versions, and what a plain product of matrices reaches here."""
     from finetune.run import provenance
 
-    visible = preflight.gpus(os.environ)
+    visible = gpus.gpus(os.environ)
     if not visible:
         sys.exit("error: no GPU is visible, and there is nothing to time without one")
     gpu = visible[0]

@@ -13,8 +13,9 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 VENV=$(realpath -ms -- "${VENV:-.venv}")
 HOME=${HOME:-/tmp}
 LOCK=docker/requirements.txt
-# CUDA 13 needs driver 580, and nobody who rents a machine can change its driver: below it, the lock for CUDA 12.8.
-{ read -r driver </sys/module/nvidia/version; } 2>/dev/null && [ "${driver%%.*}" -lt 580 ] && LOCK=docker/requirements-cu128.txt
+# Nobody who rents a machine can change its driver: one that is too old for CUDA 13 gets the lock for CUDA 12.8.
+NEEDED=$(sed -n 's/^DRIVERS = {13: \([0-9]*\).*/\1/p' finetune/machine/preflight.py)
+{ read -r driver </sys/module/nvidia/version; } 2>/dev/null && [ "${driver%%.*}" -lt "$NEEDED" ] && LOCK=docker/requirements-cu128.txt
 SPACE=$((6 * 1024 * 1024)) # KiB: the environment takes 5.4 GiB
 VERSION='import sys; print("%d.%d" % sys.version_info[:2])'
 # With Python.h first: triton compiles against it on a GPU. The real path, since a venv or a shim may go away.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Build the image, and put its SBOM beside it.
 #
-#   scripts/image.sh                 CUDA 13.0, for drivers from 580
-#   CUDA=12.8 scripts/image.sh       for older drivers, from 525
+#   scripts/image.sh                 CUDA 13.0
+#   CUDA=12.8 scripts/image.sh       CUDA 12.8, for older drivers (finetune/machine/preflight.py: DRIVERS)
 #
 # From the environment: IMAGE (tag), BASE (another base image), APT_SNAPSHOT, DIST (folder for the SBOM), NO_CACHE=1,
 # and, where pip needs them on this machine, SSL_CERT_FILE or PIP_CERT (a CA bundle) and PIP_CONFIG_FILE.

@@ -12,14 +12,14 @@ CUDA=${CUDA:-13.0}
 case $CUDA in
     13.0)
         lock=requirements.txt
-        base=nvidia/cuda:13.0.1-base-ubuntu24.04@sha256:f8ef28f579ea42a44b415d2c5d46f788e6a9b395c6c83f2929416e1fc192c143
+        base=$(sed -n 's/^ARG BASE=//p' docker/Dockerfile)
         ;;
     12.8)
         lock=requirements-cu128.txt
         base=nvidia/cuda:12.8.1-base-ubuntu24.04@sha256:133c78a0575303be34164d0b90137a042172bdf60696af01a3c424ab402d86e2
         ;;
     *)
-        echo "CUDA=$CUDA: there is an image for 13.0 (drivers from 580) and for 12.8 (older drivers)" >&2
+        echo "CUDA=$CUDA: there is an image for 13.0 and, for older drivers, one for 12.8" >&2
         exit 2
         ;;
 esac

@@ -11,7 +11,7 @@ from finetune import data
 from finetune.engines import plain as engine
 from finetune.engines.choose import Choice, choose
 from finetune.settings import Settings
-from finetune.sources import hub
+from finetune.sources.model import Source
 from finetune.training import fit as train
 
 
@@ -26,7 +26,7 @@ def fit(
             "LOAD_IN_4BIT": "0", "OPTIM": "adamw_torch", "SAVE_STEPS": "0", **values,
         }
     )  # fmt: skip
-    source = hub.Source(str(llama), None, llama)
+    source = Source(str(llama), None, llama)
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(data.load(settings), tokenizer, settings)
     assert tokens.common < tokens.longest  # rows that differ

@@ -1,4 +1,8 @@
-"""Rows -> training text -> tokens: where the rows come from, what is refused, and what the loss is on."""
+"""Rows -> training text -> tokens: where the rows come from, what is refused, and what the loss is on.
+
+Here datasets, pyarrow and transformers are imported in functions. `check` needs this package and none of them, and unsloth
+has to be imported before transformers.
+"""
 
 from finetune.data.formats.template import TEMPLATE, Template, template
 from finetune.data.processes import FEW_ROWS

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data.reading import Row
 from finetune.errors import MachineError
-from finetune.training.plan import pieces
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +38,8 @@ def results(work: Callable[[Row], Row], rows: list[Row], processes: int) -> Data
     fork = multiprocessing.get_context("fork")
     try:
         with ProcessPoolExecutor(processes, fork, _begin, (work,)) as pool:
-            tables = list(pool.map(_chunk, pieces(rows, CHUNK)))
+            chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+            tables = list(pool.map(_chunk, chunks))
     except BrokenProcessPool:
         raise MachineError(
             f"DATASET_NUM_PROC={processes}: a process that tokenizes was killed, most often because memory ran out; use fewer of "

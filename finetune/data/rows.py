@@ -9,23 +9,20 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from finetune import sources
 from finetune.data import checks, reading
 from finetune.data.formats import messages as conversation
 from finetune.data.formats import template
 from finetune.data.reading import Placed, Row
-from finetune.errors import HubError, SettingsError, first_line, of_machine, without_password
+from finetune.errors import SettingsError
 from finetune.settings import SPLIT, Settings
-from finetune.sources import hub
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from finetune.sources import local
 
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")  # which `datasets` puts beside the rows
 SHOWN = 5  # bad rows named in one message
 SAMPLES = Path(__file__).parent.parent / "samples"
-COMMIT = "[0-9a-f]{40}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,28 +139,9 @@ def _row_files(folder: Path) -> list[str]:
 
 
 def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
-    from datasets import exceptions, get_dataset_split_names, load_dataset
-    from huggingface_hub import HfApi, constants
-
-    name, config, token = settings.dataset_name, settings.dataset_config, hub.token(settings)
-    split = str(re.fullmatch(SPLIT, settings.dataset_split)["name"])  # type: ignore[index]  # checked by settings
-    commit: str | None = settings.dataset_revision
-    with hub.explained("DATASET_NAME", settings):
-        if not constants.is_offline_mode():
-            commit = HfApi(token=token).dataset_info(name, revision=settings.dataset_revision).sha
-        try:
-            found = load_dataset(name, config, split=split, revision=commit, token=token)
-        except ValueError as error:
-            if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
-                raise SettingsError(f"DATASET_CONFIG={config or ''}: {first_line(error)}") from None
-            if "split" in str(error).lower():
-                splits = ", ".join(get_dataset_split_names(name, config, revision=commit, token=token))
-                raise SettingsError(f"DATASET_SPLIT={settings.dataset_split}: {name} has {splits}, for example DATASET_SPLIT={splits.split(',')[0]}") from None  # fmt: skip
-            raise _not_rows(name, error) from None
-        except (exceptions.DatasetsError, FileNotFoundError, RuntimeError) as error:
-            raise _not_rows(name, error) from None
-    if constants.is_offline_mode():
-        commit = _taken_offline(found, settings.dataset_revision, name)
+    """The rows of a split on the Hub, and their commit."""
+    name, split = settings.dataset_name, str(_split(settings)["name"])
+    commit, found = sources.hub().dataset(settings, split)
     names, which = found.column_names, _range(settings, len(found))
     # others may hold pictures or what Python cannot; one stays where none is wanted, for without columns there are no rows
     used = [column for column in names if column in _wanted(settings)] or names[:1]
@@ -174,48 +152,10 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
     ]
 
 
-def _not_rows(name: str, error: Exception) -> Exception:
-    """What to raise where `datasets` makes no rows of a repository: with what it says, or the error of Hub or machine behind it."""
-    import httpx
-    from datasets.table import CastError
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    cause: BaseException | None = error
-    while cause is not None:
-        of_hub = isinstance(cause, httpx.HTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled)
-        if isinstance(cause, Exception) and (of_hub or (isinstance(cause, OSError) and of_machine(cause))):
-            return cause
-        cause = cause.__cause__
-    behind = (
-        error.__cause__ if isinstance(error.__cause__, Exception) else error
-    )  # "An error occurred while generating"
-    said = f"its files differ in columns: {behind.details()}" if isinstance(behind, CastError) else first_line(behind)
-    return SettingsError(
-        f"DATASET_NAME={name}: cannot be read as a data set ({without_password(said)}). Name one of its configurations in "
-        f"DATASET_CONFIG, or download its files of rows and give their path, for example DATASET_NAME=./rows.jsonl"
-    )
-
-
-def _taken_offline(found: Dataset, asked: str, name: str) -> str | None:
-    """The commit that was loaded without the Hub; None: unknown. Raises HubError where it is not the one asked for.
-
-    Offline, datasets takes the newest that it has, whatever revision is asked for; its folder tells which one that was.
-    """
-    taken = next((Path(file["filename"]).parent.name for file in found.cache_files), "")
-    if not re.fullmatch(COMMIT, taken):
-        return asked if re.fullmatch(COMMIT, asked) else None
-    if re.fullmatch(COMMIT, asked) and taken != asked:
-        raise HubError(
-            f"DATASET_REVISION={asked}: is not in the cache, which has {taken} of {name}, and HF_HUB_OFFLINE is set; load it once "
-            "with the network"
-        )
-    return taken
-
-
 def missing(settings: Settings) -> Iterator[str]:
     """What is wrong with the file or folder that DATASET_NAME names, in a sentence."""
     name = settings.dataset_name
-    if problem := hub.url("DATASET_NAME", name):
+    if problem := local.url("DATASET_NAME", name):
         yield problem
     elif name != "samples" and not on_hub(name):
         path = Path(name).expanduser()
@@ -251,18 +191,23 @@ def _wanted(settings: Settings) -> set[str]:
 
 def _slice(settings: Settings, rows: list[Placed]) -> list[Placed]:
     """The slice of a local file or folder, whose only split is `train`."""
-    parsed = re.fullmatch(SPLIT, settings.dataset_split)
-    if parsed is None or parsed["name"] != "train":
+    if _split(settings)["name"] != "train":
         raise SettingsError(
             f"DATASET_SPLIT={settings.dataset_split}: a file or folder has only the split train, for example DATASET_SPLIT=train[0:500]"
         )
     return [rows[index] for index in _range(settings, len(rows))]
 
 
-def _range(settings: Settings, count: int) -> range:
-    """The rows that the slice of DATASET_SPLIT takes out of `count`; bounds beyond the end mean the end."""
+def _split(settings: Settings) -> re.Match[str]:
+    """DATASET_SPLIT, taken apart."""
     parsed = re.fullmatch(SPLIT, settings.dataset_split)
     assert parsed is not None  # checked by settings
+    return parsed
+
+
+def _range(settings: Settings, count: int) -> range:
+    """The rows that the slice of DATASET_SPLIT takes out of `count`; bounds beyond the end mean the end."""
+    parsed = _split(settings)
 
     def bound(text: str | None) -> int | None:
         if text is None:

@@ -15,8 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer, processors
+
 from finetune.errors import SettingsError, first_line
-from finetune.sources import hub
+from finetune.sources.model import Source, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +33,7 @@ PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that read to
 BOS_CLASSES = ("Llama", "CodeLlama", "Gemma", "Cohere")
 
 
-def load(source: hub.Source) -> PreTrainedTokenizerBase:
+def load(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder, with a PAD in memory that the model knows and, where there is another, is not its EOS.
 
     Prints one line where it is read otherwise than the folder's files say. Raises SettingsError where it cannot be loaded, where it
@@ -53,7 +55,7 @@ def load(source: hub.Source) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def _read(source: hub.Source) -> tuple[PreTrainedTokenizerBase, str]:
+def _read(source: Source) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer, and why it is not read as transformers would; "" where it is."""
     try:
         read = _reading(source.folder)
@@ -146,8 +148,6 @@ def _parts(backend: Any) -> tuple[bytes, ...]:
 
 def _parts_of(place: Path) -> tuple[bytes, ...]:
     """The same of a tokenizer.json, read without its vocabulary, which takes most of the time."""
-    from tokenizers import Tokenizer
-
     content = json.loads(place.read_text(encoding="utf-8"))
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     return _parts(Tokenizer.from_str(json.dumps({**content, "model": empty, "added_tokens": []})))
@@ -174,8 +174,6 @@ def _lacks_bos(folder: Path, own: PreTrainedTokenizerBase) -> bool:
 
 def _with_bos(own: PreTrainedTokenizerBase) -> Any:
     """The tokenizer's post-processor, with a BOS in front of each text, as Llama 3's tokenizer.json has it."""
-    from tokenizers import processors
-
     bos, before = str(own.bos_token), own.backend_tokenizer.post_processor
     added = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, own.bos_token_id)]
@@ -185,14 +183,10 @@ def _with_bos(own: PreTrainedTokenizerBase) -> Any:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The folder's tokenizer_config.json; {} where there is none that can be read."""
-    try:
-        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(folder / "tokenizer_config.json")
 
 
-def _set_pad(loaded: PreTrainedTokenizerBase, source: hub.Source) -> None:
+def _set_pad(loaded: PreTrainedTokenizerBase, source: Source) -> None:
     """Take a PAD that the model knows and that is not its EOS, where there is one."""
     config = source.config()
     text = config.get("text_config", config)  # of a model that takes pictures too
@@ -232,16 +226,16 @@ def rewritten(folder: Path, texts: Iterable[str]) -> dict[str, bytes]:
     return found
 
 
-def misread(folder: Path, texts: Iterable[str]) -> str | None:
-    """What to say of a folder that transformers reads otherwise than its tokenizer.json, whatever the files beside it say; None: nothing.
+def misread(folder: Path, texts: Iterable[str]) -> str:
+    """A line on a folder that transformers reads otherwise than its tokenizer.json, whatever the files beside it say; "" on others.
 
     It takes Qwen2Tokenizer for every model of type qwen2, whichever class the folder names.
     """
     if not (folder / "tokenizer.json").is_file() or not (read := _reading(folder)).misleads([PROBE, *texts]):
-        return None
+        return ""
     return (
-        f"{folder}: transformers takes {type(read.named).__name__} for this type of model, which gives other tokens than those that were "
-        f"trained. Load the tokenizer with PreTrainedTokenizerFast.from_pretrained"
+        f"note: {folder}: transformers takes {type(read.named).__name__} for this type of model, which gives other tokens than those that were "
+        f"trained. Load the tokenizer with PreTrainedTokenizerFast.from_pretrained\n"
     )
 
 

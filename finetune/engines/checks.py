@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from finetune.data import Tokens
-    from finetune.sources.hub import Source
+    from finetune.sources.model import Source
 
 
 def check_causal(source: Source) -> None:

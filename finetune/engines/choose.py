@@ -13,7 +13,7 @@ from finetune.settings import Settings
 
 if TYPE_CHECKING:
     from finetune.engines.engine import Engine
-    from finetune.machine.preflight import Gpu
+    from finetune.machine.gpus import Gpu
 
 MODULES = {"transformers": "plain", "unsloth": "unsloth"}
 

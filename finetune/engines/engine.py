@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from finetune.engines.compiled.path import Packed
-    from finetune.sources.hub import Source
+    from finetune.sources.model import Source
 
 
 class Chosen(Protocol):

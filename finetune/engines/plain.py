@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from finetune.engines.compiled.path import Packed
     from finetune.engines.engine import Chosen
-    from finetune.sources.hub import Source
+    from finetune.sources.model import Source
 
 
 PARTIAL = True

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from finetune.errors import MachineError, SettingsError, first_line
-from finetune.sources.hub import Source
+from finetune.sources.model import Source
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from finetune.engines.engine import Chosen
-    from finetune.sources.hub import Source
+    from finetune.sources.model import Source
 
 
 PARTIAL = False

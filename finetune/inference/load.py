@@ -15,7 +15,7 @@ from finetune import data
 from finetune.engines import precision, refusals
 from finetune.errors import OutputError, SettingsError
 from finetune.settings import Settings
-from finetune.sources.hub import Source
+from finetune.sources.model import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

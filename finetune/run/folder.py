@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune import files
 from finetune.errors import MachineError, OutputError, SettingsError
-from finetune.machine import preflight
+from finetune.machine.permissions import denied
 from finetune.run import record as records
 from finetune.run.record import Record
 from finetune.settings import Settings
@@ -246,7 +246,7 @@ def finished(output: Path) -> Record:
         raise OutputError(
             f"OUTPUT_DIR={output}: holds no finished run (no run.json); train first, or give the folder of a run"
         ) from None
-    if closed := [problem for name in sorted(record["files"]) if (problem := preflight.denied(output / name))]:
+    if closed := [problem for name in sorted(record["files"]) if (problem := denied(output / name))]:
         raise MachineError(*closed)
     return record
 

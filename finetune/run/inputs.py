@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import data
-from finetune.errors import HubError, SettingsError
+from finetune import data, files, sources
+from finetune.errors import HubError, MachineError, SettingsError
+from finetune.machine import permissions, preflight
+from finetune.machine.gpus import Gpu
 from finetune.run import folder
 from finetune.run.record import Record
 from finetune.settings import Settings
-from finetune.sources import hub
-from finetune.sources.hub import Source
+from finetune.sources import local
+from finetune.sources.model import Source
+from finetune.weights.parameters import parameters
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
@@ -19,10 +23,27 @@ if TYPE_CHECKING:
 MODEL_FILE = "model file "
 
 
+def look(settings: Settings, visible: list[Gpu], environ: Mapping[str, str]) -> list[str]:
+    """Lines on this machine and on the files that settings name, before anything is downloaded.
+
+    Raises MachineError, or SettingsError where a file is missing, with all that is wrong.
+    """
+    files.temporary()
+    if closed := list(permissions.closed(settings)):
+        raise MachineError(*closed)  # nothing more can be said of a model that cannot be read
+    count: int | None = None
+    damaged: Sequence[str] = ()
+    try:
+        count = parameters(Source(settings.model_name, None, Path(settings.model_name).expanduser()))
+    except MachineError as error:
+        damaged = error.problems
+    return preflight.check(settings, visible, environ, count, list(missing(settings)), damaged)
+
+
 def missing(settings: Settings) -> Iterator[str]:
     """What is wrong with the files and folders that settings name, in sentences, before anything is read or downloaded."""
     yield from folder.inputs(settings)
-    if problem := hub.missing(settings):
+    if problem := local.missing(settings):
         yield problem
     yield from data.rows.missing(settings)
     yield from data.formats.template.missing(settings)
@@ -79,7 +100,7 @@ def base(record: Record, settings: Settings) -> tuple[Source | None, str]:
     names = [record["settings"]["MODEL_NAME"], *([now] if now != Settings.model_name else [])]
     reasons = []
     for name in dict.fromkeys(names):
-        source = hub.cached(name, record["model"]["commit"])
+        source = sources.cached(name, record["model"]["commit"])
         if source is None:
             reasons.append(f"the base {name} is not on this machine")
             continue

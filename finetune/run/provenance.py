@@ -16,7 +16,7 @@ from finetune.environment import NUMERIC
 from finetune.run.record import Environment
 
 if TYPE_CHECKING:
-    from finetune.machine.preflight import Gpu
+    from finetune.machine.gpus import Gpu
 
 PACKAGES = (
     *(

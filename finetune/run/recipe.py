@@ -10,17 +10,16 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import console, data
+from finetune import console, data, sources
 from finetune.engines import refusals
 from finetune.engines.choose import choose
 from finetune.inference import answer
-from finetune.machine import preflight
+from finetune.machine import gpus, preflight
 from finetune.run import folder, inputs, provenance, report
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
-from finetune.sources import hub
-from finetune.weights import merge as export
-from finetune.weights import shards as weights
+from finetune.sources import publish
+from finetune.weights.parameters import parameters
 
 
 class Clock:
@@ -39,14 +38,14 @@ class Clock:
 def run(settings: Settings, environ: Mapping[str, str], recorded: Record | None = None) -> None:
     """Train, verify, record, publish if asked; a complete run is only published. recorded: a run with the same inputs."""
     console.beat("starting")  # in a container that was started again, the last beat is that of the run before
-    clock, output, visible = Clock(), Path(settings.output_dir), preflight.gpus(environ)
-    print(*preflight.check(settings, visible, environ, missing=inputs.missing(settings)), sep="\n", flush=True)
-    hub.login(settings, publishes=settings.push_to_hub)
+    clock, output, visible = Clock(), Path(settings.output_dir), gpus.gpus(environ)
+    print(*inputs.look(settings, visible, environ), sep="\n", flush=True)
+    sources.hub().login(settings, publishes=settings.push_to_hub)
     with folder.locked(output), refusals.memory_told():
         train_in(output, settings, environ, recorded, visible, clock)
     if settings.push_to_hub:
         folder.verify(output)
-        hub.publish(settings, output)
+        publish.publish(settings, output)
 
 
 def train_in(
@@ -54,26 +53,28 @@ def train_in(
     settings: Settings,
     environ: Mapping[str, str],
     recorded: Record | None,
-    visible: list[preflight.Gpu],
+    visible: list[gpus.Gpu],
     clock: Clock,
 ) -> None:
     """All of a run that is written to `output`."""
     gpu = visible[0] if visible else None
     rows = data.load(settings)
-    source = hub.fetch_model(settings)
-    preflight.check(settings, visible, environ, count=preflight.parameters(str(source.folder)))
+    source = sources.fetch_model(settings)
+    preflight.check(settings, visible, environ, parameters(source))
     _ = source.hashing  # begins
     clock.mark("inputs_s")
     choice = choose(settings, gpu, source.config())
     console.phase("loading", choice.describe())
     engine = choice.open(settings)
+    # these import trl, transformers and peft, and unsloth must come before them
     from finetune.engines import checks
+    from finetune.training import fit as train
+    from finetune.weights import adapter, layout, merge
 
     console.quiet()
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
-    own_file = (source.folder / "tokenizer.json").is_file()
-    tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded), own_file)
+    tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded), source.has_tokenizer_json)
     console.phase("loading", f"data: {tokens.describe()}, {rows.dropped + tokens.dropped} dropped")
     print(*(f"data: {note}" for note in tokens.notes), sep="\n", end="\n" * bool(tokens.notes), flush=True)
     identity = {
@@ -89,15 +90,13 @@ def train_in(
     model = engine.load(settings, source)
     checks.check_fits(model, settings, tokens)
     if settings.save_merged:
-        weights.check_mergeable(model, source)
+        layout.check_mergeable(model, source)
     folder.claim(settings, output, identity)
     clock.mark("load_s")
-    form = data.format_of(rows.format, tokenizer, settings, tokens.day)
-    ask = answer.sample(engine, model, tokenizer, form.prompt(settings.sample_question), settings)
+    prompt = data.format_of(rows.format, tokenizer, settings, tokens.day).prompt(settings.sample_question)
+    ask = answer.sample(engine, model, tokenizer, prompt, settings)
     before = ask("before")
     clock.mark("before_s")
-    from finetune.training import fit as train  # trl, which unsloth must be imported before
-
     console.phase("training", train.describe(train.order_of(settings, tokens)))
     followed = recorded["training"]["plan"] if recorded else None
     fit = train.fit(model, tokens, tokenizer, settings, choice, engine, output / "checkpoints", followed)
@@ -107,12 +106,12 @@ def train_in(
 
     console.phase("saving", "saving the adapter")
     words = data.rewritten(source.folder, tokens.texts(tokenizer))
-    export.save_adapter(model, source, output, words)
+    adapter.save(model, source, output, words)
     del model, ask
     gc.collect()  # the trainer and what it calls back hold each other, and the model with them
-    merged = export.merge(source, output, "cuda" if visible else "cpu", words) if settings.save_merged else None
-    if merged and words and (misread := data.misread(output / "merged", tokens.texts(tokenizer))):
-        print(f"note: {misread}", flush=True)
+    merged = merge.merge(source, output, "cuda" if visible else "cpu", words) if settings.save_merged else None
+    if merged and words:
+        print(data.misread(output / "merged", tokens.texts(tokenizer)), end="", flush=True)
     if not settings.save_adapter:
         shutil.rmtree(output / "adapter")
     clock.mark("export_s")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import console, data
+from finetune import console, data, sources
 from finetune.engines import refusals
 from finetune.errors import HubError, OutputError, Refusal, SettingsError
 from finetune.inference import answer, load
 from finetune.run import folder, inputs
 from finetune.run.record import Record
 from finetune.settings import Settings
-from finetune.sources import hub
-from finetune.sources.hub import Source
+from finetune.sources.model import Source
 
 LENGTH = 1200  # of an answer in tokens, where MAX_NEW_TOKENS=0 asked for none in training
 
@@ -54,7 +53,7 @@ def _base(record: Record, settings: Settings, output: Path) -> Source | None:
     refusal: type[Refusal] = SettingsError
     if base is None and (commit := record["model"]["commit"]):
         try:
-            hub.fetch_model(settings.replaced(model_name=record["settings"]["MODEL_NAME"], model_revision=commit))
+            sources.fetch_model(settings.replaced(model_name=record["settings"]["MODEL_NAME"], model_revision=commit))
             base, why_not = inputs.base(record, settings)
         except (HubError, SettingsError) as error:
             refusal, why_not = type(error), f"{error} {why_not}"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetune.machine import preflight
+from finetune.machine import gpus
 from finetune.run import inputs
 from finetune.settings import Settings
 
 
 def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
-    found = preflight.check(settings, preflight.gpus(environ), environ, missing=inputs.missing(settings))
-    print(*found, "settings: all good", sep="\n")
+    print(*inputs.look(settings, gpus.gpus(environ), environ), "settings: all good", sep="\n")

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from finetune import data, files
+from finetune import data, files, sources
 from finetune import environment as libraries
 from finetune.errors import HubError, MachineError, Refusal, SettingsError
 from finetune.settings import Settings
-from finetune.sources import hub
+from finetune.sources.local import url
 
 
 def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
@@ -32,14 +32,14 @@ def lock(settings: Settings, environ: Mapping[str, str], path: Path) -> Iterator
         ("DATASET_NAME", "DATASET_REVISION", not data.on_hub(settings.dataset_name)),
     ):
         value = getattr(settings, name.lower())
-        if problem := hub.url(name, value):
+        if problem := url(name, value):
             refusals.append(SettingsError(problem))
             continue
         if local:
             yield f"{name}={value}: is not on the Hub and has no revision; run.json records its sha256"
             continue
         try:
-            found[revision] = _commit(settings, name, value, getattr(settings, revision.lower()))
+            found[revision] = sources.hub().commit(name, value, getattr(settings, revision.lower()), settings)
         except Refusal as refusal:
             refusals.append(refusal)
     if refusals:
@@ -56,19 +56,6 @@ def lock(settings: Settings, environ: Mapping[str, str], path: Path) -> Iterator
             yield f"note: {revision} is set in the environment too, and wins over {path}; unset it there"
         if value != (in_file.get(name) or getattr(Settings, name.lower())):
             yield f"note: {path} names another {name}, and this revision is of {value}; give {name} each time, or write it there"
-
-
-def _commit(settings: Settings, variable: str, name: str, revision: str) -> str:
-    """The commit that `revision` of a Hub repository names now."""
-    from huggingface_hub import HfApi, constants
-
-    if constants.is_offline_mode():
-        raise HubError(f"{variable}={name}: HF_HUB_OFFLINE is set, and only the Hub knows what {revision} names now")
-    api = HfApi(token=hub.token(settings))
-    with hub.explained(variable, settings):
-        if variable == "MODEL_NAME":
-            return str(api.model_info(name, revision=revision).sha)
-        return str(api.dataset_info(name, revision=revision).sha)
 
 
 def write(path: Path, values: Mapping[str, str]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from finetune import sources
 from finetune.run import folder
 from finetune.settings import Settings
-from finetune.sources import hub
+from finetune.sources import publish
 
 
 def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
-    hub.login(settings, publishes=True)
+    sources.hub().login(settings, publishes=True)
     folder.verify(Path(settings.output_dir))
-    hub.publish(settings, Path(settings.output_dir))
+    publish.publish(settings, Path(settings.output_dir))

@@ -13,7 +13,7 @@ from finetune.errors import OutputError, SettingsError
 from finetune.run import folder, inputs
 from finetune.run.record import Record, same
 from finetune.settings import Settings
-from finetune.weights import merge as export
+from finetune.weights import compare
 
 
 def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
@@ -40,7 +40,7 @@ def _weights(output: Path, kept: set[str], record: Record, settings: Settings) -
     if kept == {"adapter", "merged"}:
         base, why_not = inputs.base(record, settings)
         if base is not None:
-            found = export.compare(base, output)
+            found = compare.compare(base, output)
             targets = found.changed + found.rounded_away + found.unreached
             return (
                 f"{output / 'merged'}: {targets} tensors are base + adapter, rounded once; the other "
@@ -49,4 +49,4 @@ def _weights(output: Path, kept: set[str], record: Record, settings: Settings) -
         missing = f"that merged is base + adapter: {why_not}"
     else:
         missing = f"that merged is base + adapter: only {min(kept)} was kept"
-    return f"{output}: {export.structure(output)}. Not checked: {missing}"
+    return f"{output}: {compare.structure(output)}. Not checked: {missing}"

@@ -77,7 +77,8 @@ def test_a_base_that_changed_in_the_cache_is_not_that_of_the_run(hub: HubServer,
 
 def test_each_file_of_the_cache_is_read_once(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(hub, tmp_path, "train", SAVE_MERGED=0).returncode == 0
-    from finetune import blobs, files
+    from finetune import files
+    from finetune.sources import blobs
 
     repository = tmp_path / "hf" / "hub" / "models--org--tiny"
     paths = [path.resolve() for path in repository.glob("snapshots/*/*") if path.suffix != ".py"]
@@ -134,10 +135,11 @@ def test_a_quantised_base_is_refused_before_its_weights_come_down(
 
 
 def test_an_unquantised_base_with_an_empty_section_is_none(tmp_path: Path) -> None:
-    from finetune.sources import hub
+    from finetune.sources.model import Source
+    from finetune.sources.quantised import quantised
 
     (tmp_path / "config.json").write_text('{"quantization_config": null, "text_config": {"compression_config": {}}}')
-    assert hub.quantised(hub.Source("a", None, tmp_path)) is None
+    assert quantised(Source("a", None, tmp_path)) is None
 
 
 def test_an_existing_path_is_local_and_has_no_commit(hub: HubServer, tmp_path: Path, qwen2: Path) -> None:

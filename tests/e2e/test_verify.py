@@ -19,7 +19,7 @@ from finetune.errors import OutputError
 from finetune.run import record as records
 from finetune.settings import Settings
 from finetune.verbs import verify
-from finetune.weights import merge as export
+from finetune.weights.shards import index as index_of
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_of_a_float32_base_all_that_was_rounded_is_told(llama: Path, tmp_path: P
         save_file({n: v.bfloat16() for n, v in load_file(path).items()}, path, metadata={"format": "pt"})
         recorded(output, path)
     index = output / "merged" / "model.safetensors.index.json"
-    files.write_json(index, export._index(shards(output)))
+    files.write_json(index, index_of(shards(output)))
     recorded(output, index)
     assert "holds other tensors than the base's" in refused(output)
     del record["verification"]["rounded"]
@@ -189,17 +189,17 @@ from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 import tiny
-from finetune.weights import merge as export
-from finetune.sources.hub import Source
+from finetune.weights import adapter, compare, merge
+from finetune.sources.model import Source
 home = Path({str(tmp_path)!r})
 if sys.argv[1] == "make":
     base = tiny.model(home / "base", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False))
-    export.save_adapter(model, Source(str(base), None, base), home)
-    export.merge(Source(str(base), None, base), home)
+    adapter.save(model, Source(str(base), None, base), home)
+    merge.merge(Source(str(base), None, base), home)
 else:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    export.compare(Source("", None, home / "base"), home)
+    compare.compare(Source("", None, home / "base"), home)
     print(before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
     values = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")

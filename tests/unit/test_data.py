@@ -17,7 +17,7 @@ import tiny
 from finetune import data
 from finetune.errors import SettingsError
 from finetune.settings import Settings
-from finetune.sources import hub
+from finetune.sources.model import Source
 
 ROW = {"Question": "What is it?", "Complex_CoT": "Let me think.", "Response": "It is this."}
 
@@ -43,7 +43,7 @@ def loaded(path: Path, **values: Any) -> data.Rows:
 def words(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp(request.param)
     tiny.tokenizer(request.param).save_pretrained(folder)
-    return data.tokenizer(hub.Source(request.param, None, folder))
+    return data.tokenizer(Source(request.param, None, folder))
 
 
 def tokens(rows: data.Rows, words: Any, **values: Any) -> data.Tokens:
@@ -218,7 +218,7 @@ def test_a_tokenizer_that_knows_no_places_is_refused(tmp_path: Path) -> None:
     named = dict(tokenizer_class="CTRLTokenizer", eos_token="a</w>", unk_token="<unk>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
     with pytest.raises(SettingsError, match=r"MODEL_NAME=base: its tokenizer \(CTRLTokenizer\) does not tell"):
-        data.tokenizer(hub.Source("base", None, tmp_path))
+        data.tokenizer(Source("base", None, tmp_path))
 
 
 def test_a_pad_that_the_model_does_not_know_is_not_used(tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_a_pad_that_the_model_does_not_know_is_not_used(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     for config in ({"vocab_size": size}, {"text_config": {"vocab_size": size}}):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
-        assert data.tokenizer(hub.Source("base", None, tmp_path)).pad_token == "<|reserved_0|>"
+        assert data.tokenizer(Source("base", None, tmp_path)).pad_token == "<|reserved_0|>"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": size + 1}))
-    assert data.tokenizer(hub.Source("base", None, tmp_path)).pad_token == "<pad>"
+    assert data.tokenizer(Source("base", None, tmp_path)).pad_token == "<pad>"
 
 
 def test_the_response_alone(tmp_path: Path, words: Any) -> None:
@@ -247,7 +247,7 @@ def test_white_space_of_the_response_is_trained_on_where_a_tokenizer_trims_offse
     trimming = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     made.backend_tokenizer.post_processor = processors.Sequence([trimming, made.backend_tokenizer.post_processor])
     made.save_pretrained(tmp_path)
-    words = data.tokenizer(hub.Source("trimming", None, tmp_path))
+    words = data.tokenizer(Source("trimming", None, tmp_path))
     offsets = words("a  b", add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     assert any(start == end for start, end in offsets)
     row = tokens(rows, words, TRAIN_ON="response").dataset[0]

@@ -14,29 +14,31 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from finetune import sources
 from finetune.engines import adapter, checks, passes, refusals, targets
 from finetune.engines import plain as engine
 from finetune.engines.choose import Choice, choose
 from finetune.errors import MachineError, SettingsError
-from finetune.machine import preflight
+from finetune.machine import gpus
 from finetune.settings import Settings
-from finetune.sources import hub
-from finetune.weights import merge as export
-from finetune.weights import shards as weights
+from finetune.sources.model import Source
+from finetune.weights import adapter as weights_adapter
+from finetune.weights import layout
+from finetune.weights.parameters import parameters
 from short_run import fit
 
 
 @pytest.fixture
-def broken(tmp_path: Path) -> Callable[..., hub.Source]:
+def broken(tmp_path: Path) -> Callable[..., Source]:
     """A model with tensors left out and values of its config changed."""
 
-    def make(without: str = "", **config: Any) -> hub.Source:
+    def make(without: str = "", **config: Any) -> Source:
         folder = tiny.model(tmp_path / "broken")
         kept = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name != without}
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         values = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({k: v for k, v in (values | config).items() if v is not None}))
-        return hub.Source(str(folder), None, folder)
+        return Source(str(folder), None, folder)
 
     return make
 
@@ -56,7 +58,7 @@ def test_what_a_library_notes_while_it_is_imported_is_not_said(
 
 
 @pytest.mark.parametrize("four_bits", ["0", "1"])
-def test_a_missing_tensor_is_named_and_not_drawn_at_random(broken: Callable[..., hub.Source], four_bits: str) -> None:
+def test_a_missing_tensor_is_named_and_not_drawn_at_random(broken: Callable[..., Source], four_bits: str) -> None:
     with pytest.raises(SettingsError, match=r"model\.embed_tokens\.weight is missing"):
         engine.load(Settings.from_env({"LOAD_IN_4BIT": four_bits}), broken("model.embed_tokens.weight"))
 
@@ -70,9 +72,7 @@ def test_a_missing_tensor_is_named_and_not_drawn_at_random(broken: Callable[...,
         (dict(model_type="t5"), "cannot be loaded as a causal language model"),
     ],
 )
-def test_a_config_of_another_model_is_named(
-    broken: Callable[..., hub.Source], config: dict[str, Any], words: str
-) -> None:
+def test_a_config_of_another_model_is_named(broken: Callable[..., Source], config: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words) as refused:
         engine.load(Settings.from_env({"LOAD_IN_4BIT": "0"}), broken(**config))
     assert len(str(refused.value)) < 1500
@@ -80,21 +80,21 @@ def test_a_config_of_another_model_is_named(
 
 def test_tied_weights_are_not_missed(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "tied", "qwen2", tie_word_embeddings=True)
-    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0"}), hub.Source(str(folder), None, folder))
+    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0"}), Source(str(folder), None, folder))
 
 
-def test_a_file_that_ends_early_is_found_before_anything_is_loaded(broken: Callable[..., hub.Source]) -> None:
+def test_a_file_that_ends_early_is_found_before_anything_is_loaded(broken: Callable[..., Source]) -> None:
     source = broken()
     file = source.folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(MachineError, match="not a whole safetensors file"):
-        preflight.parameters(source.name)
+        parameters(source)
 
 
 def test_rows_that_a_model_has_no_embedding_for_are_refused(tmp_path: Path, llama: Path) -> None:
     folder = tiny.model(tmp_path / "gpt2", "gpt2")
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
-    gpt2, other = (engine.load(settings, hub.Source(str(place), None, place)) for place in (folder, llama))
+    gpt2, other = (engine.load(settings, Source(str(place), None, place)) for place in (folder, llama))
     fits: Any = SimpleNamespace(longest=1024, largest=900)
     checks.check_fits(gpt2, settings, fits)
     with pytest.raises(
@@ -107,7 +107,7 @@ def test_rows_that_a_model_has_no_embedding_for_are_refused(tmp_path: Path, llam
 
 
 def test_the_compiled_path_is_for_what_its_kernels_can_do() -> None:
-    gpu = preflight.Gpu("NVIDIA H100 80GB HBM3", 81559, 81079, "580.159.04", (9, 0))
+    gpu = gpus.Gpu("NVIDIA H100 80GB HBM3", 81559, 81079, "580.159.04", (9, 0))
     settings = Settings.from_env({})
     assert choose(settings, gpu, dict(model_type="llama", attention_dropout=0.0)).compiled
     for odd in (dict(model_type="gemma"), dict(model_type="qwen2", use_sliding_window=True), dict(model_type="llama", attention_dropout=0.1), dict(model_type="llama", hidden_size=3200), dict(model_type="llama", head_dim=288)):  # fmt: skip
@@ -119,7 +119,7 @@ def test_the_compiled_path_is_for_what_its_kernels_can_do() -> None:
 def test_biases_in_float16_are_refused_and_not_found_out_by_the_first_update(llama: Path, qwen2: Path) -> None:
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "DTYPE": "float16", "LORA_BIAS": "all"})
     fits: Any = SimpleNamespace(longest=8, largest=8)
-    without, biased = (engine.load(settings, hub.Source(str(place), None, place)) for place in (llama, qwen2))
+    without, biased = (engine.load(settings, Source(str(place), None, place)) for place in (llama, qwen2))
     checks.check_fits(without, settings, fits)
     with pytest.raises(SettingsError, match=r"LORA_BIAS=all: .*float16"):
         checks.check_fits(biased, settings, fits)
@@ -130,7 +130,7 @@ def test_experts_that_stay_in_16_bits_are_said(tmp_path: Path, llama: Path, caps
     for folder, said in ((llama, False), (mixtral, True)):
         for four_bits in ("1", "0"):
             settings = Settings.from_env({"LOAD_IN_4BIT": four_bits, "TARGET_MODULES": "q_proj"})
-            engine.load(settings, hub.Source(str(folder), None, folder))
+            engine.load(settings, Source(str(folder), None, folder))
             assert ("experts stay" in capsys.readouterr().out) == (said and four_bits == "1")
 
 
@@ -141,7 +141,7 @@ def test_positions_that_are_computed_are_known_too(tmp_path: Path, kind: str, si
     """Once and for all, or as MPT's biases for so many positions in each pass."""
     folder = tiny.model(tmp_path / kind, kind, **dict(max_position_embeddings=64) if kind != "mpt" else {}, **sizes)
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
-    model = engine.load(settings, hub.Source(kind, None, folder))
+    model = engine.load(settings, Source(kind, None, folder))
     checks.check_fits(model, settings, SimpleNamespace(longest=64, largest=900))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="for example MAX_SEQ_LENGTH=64"):
         checks.check_fits(model, settings, SimpleNamespace(longest=65, largest=900))  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ def test_positions_that_are_computed_are_known_too(tmp_path: Path, kind: str, si
 )
 def test_what_is_suggested_in_place_of_refused_layers_trains(tmp_path: Path, kind: str, named: str, words: str) -> None:
     folder = tiny.model(tmp_path / kind, kind)
-    source = hub.Source(kind, None, folder)
+    source = Source(kind, None, folder)
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": named, "MODEL_NAME": str(folder)})
     with pytest.raises(
         SettingsError, match=f"TARGET_MODULES={named}: .*{words}.*for example TARGET_MODULES="
@@ -169,7 +169,7 @@ def test_what_is_suggested_in_place_of_refused_layers_trains(tmp_path: Path, kin
         engine.load(settings, source)
     suggested = str(refused.value).rpartition("TARGET_MODULES=")[2]
     assert suggested and not {"out_proj", "dt_proj", "router"} & {*suggested.split(",")}
-    weights.check_mergeable(engine.load(settings.replaced(target_modules=tuple(suggested.split(","))), source), source)
+    layout.check_mergeable(engine.load(settings.replaced(target_modules=tuple(suggested.split(","))), source), source)
     fit(folder, tmp_path / "run", MAX_STEPS="1", TARGET_MODULES=suggested)
 
 
@@ -189,7 +189,7 @@ def test_an_attempt_that_failed_leaves_no_adapter_behind(llama: Path) -> None:
 def test_a_model_that_sees_the_tokens_to_come_is_refused(tmp_path: Path, kind: str) -> None:
     """By its configuration where that tells, else by what it does: BertGeneration's `is_decoder` is looked at by nobody."""
     told = kind in ("llama", "qwen2")
-    source = hub.Source(kind, None, tiny.model(tmp_path / "base", kind, **dict(is_causal=False) if told else {}))
+    source = Source(kind, None, tiny.model(tmp_path / "base", kind, **dict(is_causal=False) if told else {}))
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
     with pytest.raises(SettingsError, match=f"MODEL_NAME={kind}: is no causal language model: .*tokens that follow"):
         engine.load(settings, source)
@@ -210,7 +210,7 @@ def test_a_causal_model_is_not_taken_for_another(
     tmp_path: Path, kind: str, changes: dict[str, Any], dtype: str
 ) -> None:
     """Also where experts round otherwise, since other tokens come to them, and where the configuration has an `is_decoder` of no meaning."""
-    source = hub.Source(kind, None, tiny.model(tmp_path / "base", kind, **changes))
+    source = Source(kind, None, tiny.model(tmp_path / "base", kind, **changes))
     named = (
         "in_proj"
         if kind == "mamba2"
@@ -223,7 +223,7 @@ def test_a_causal_model_is_not_taken_for_another(
 
 @pytest.mark.parametrize("drawn", [False, True])
 def test_looking_at_a_model_draws_nothing(tmp_path: Path, drawn: bool) -> None:
-    source = hub.Source("gpt2", None, tiny.model(tmp_path / "gpt2", "gpt2"))  # which drops out
+    source = Source("gpt2", None, tiny.model(tmp_path / "gpt2", "gpt2"))  # which drops out
     settings = Settings.from_env(
         {"LOAD_IN_4BIT": "0", "TARGET_MODULES": "c_attn", "LORA_DROPOUT": "0.5" if drawn else "0"}
     )
@@ -240,8 +240,8 @@ def test_gemma_3n_in_4_bits_is_refused_with_the_way_out(tmp_path: Path) -> None:
     """It clamps weights in training, which in 4 bits are no numbers to clamp."""
     folder = tiny.model(tmp_path / "gemma3n", "gemma3n_text")
     with pytest.raises(SettingsError, match=r"MODEL_NAME=gemma3n: cannot be .*try LOAD_IN_4BIT=0"):
-        engine.load(Settings.from_env({"LOAD_IN_4BIT": "1"}), hub.Source("gemma3n", None, folder))
-    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0"}), hub.Source("gemma3n", None, folder))
+        engine.load(Settings.from_env({"LOAD_IN_4BIT": "1"}), Source("gemma3n", None, folder))
+    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0"}), Source("gemma3n", None, folder))
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
@@ -254,21 +254,21 @@ def test_only_the_text_decoder_of_a_model_that_sees_is_adapted(
 
     folder = tiny.seeing(tmp_path / kind, kind)
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": named, "MODEL_NAME": str(folder)})
-    model = engine.load(settings, hub.Source(kind, None, folder))
+    model = engine.load(settings, Source(kind, None, folder))
     assert capsys.readouterr().out.count("parts for pictures and sound stay as they are") == 1
     layers = [name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
     assert layers and all(name.startswith("model.language_model.") for name in layers)
     assert {name.rpartition(".")[2] for name in layers} >= {"q_proj", "v_proj"}
     assert (len({name.rpartition(".")[2] for name in layers}) == 2) == (named != "all-linear")
     assert engine.layers(model) == 2
-    export.save_adapter(model, hub.Source(kind, None, folder), tmp_path)
+    weights_adapter.save(model, Source(kind, None, folder), tmp_path)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
     assert {name for name, module in again.get_base_model().named_modules() if hasattr(module, "lora_A")} == {*layers}
-    weights.check_mergeable(model, hub.Source(kind, None, folder))
+    layout.check_mergeable(model, Source(kind, None, folder))
     fit(folder, tmp_path / "run", MAX_STEPS="1", TARGET_MODULES=named)
     only_seen = "fc1" if kind == "gemma3" else "linear"
     with pytest.raises(SettingsError, match=f"has no {only_seen} that can be adapted"):
-        engine.load(settings.replaced(target_modules=(only_seen,)), hub.Source(kind, None, folder))
+        engine.load(settings.replaced(target_modules=(only_seen,)), Source(kind, None, folder))
 
 
 def test_a_model_of_text_is_told_what_the_settings_say(llama: Path) -> None:
@@ -286,24 +286,24 @@ def test_a_model_that_cannot_be_computed_so_is_refused_before_training(tmp_path:
     folder = tiny.model(tmp_path / "mamba", "mamba", state_size=8)
     named = {"TARGET_MODULES": "in_proj,x_proj"}
     with pytest.raises(SettingsError, match=r"MODEL_NAME=mamba: cannot be .*try LOAD_IN_4BIT=0"):
-        engine.load(Settings.from_env({"LOAD_IN_4BIT": "1", **named}), hub.Source("mamba", None, folder))
-    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0", **named}), hub.Source("mamba", None, folder))
+        engine.load(Settings.from_env({"LOAD_IN_4BIT": "1", **named}), Source("mamba", None, folder))
+    engine.load(Settings.from_env({"LOAD_IN_4BIT": "0", **named}), Source("mamba", None, folder))
 
 
 def test_an_architecture_that_cannot_recompute_does_not(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "jetmoe", "jetmoe", num_local_experts=4, kv_channels=16)
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "kv_proj"})
-    assert engine.layers(engine.load(settings, hub.Source("jetmoe", None, folder))) == 0
+    assert engine.layers(engine.load(settings, Source("jetmoe", None, folder))) == 0
 
 
-def test_an_adapter_beside_the_model_is_refused(broken: Callable[..., hub.Source]) -> None:
+def test_an_adapter_beside_the_model_is_refused(broken: Callable[..., Source]) -> None:
     """transformers would train on top of it, and the merge would lack it."""
     source = broken()
     settings = Settings.from_env({"MODEL_NAME": source.name})
-    assert hub.fetch_model(settings).folder == source.folder
+    assert sources.fetch_model(settings).folder == source.folder
     (source.folder / "adapter_config.json").write_text("{}")
     with pytest.raises(SettingsError, match=r"MODEL_NAME=.*holds an adapter \(adapter_config\.json\) beside the model"):
-        hub.fetch_model(settings)
+        sources.fetch_model(settings)
 
 
 def test_memory_that_runs_out_where_nothing_can_be_halved_is_no_bug() -> None:

@@ -22,9 +22,11 @@ from conftest import environment
 from finetune import files
 from finetune.errors import MachineError, MergeError, SettingsError
 from finetune.run import report
-from finetune.sources.hub import Source
-from finetune.weights import merge as export
-from finetune.weights import shards as weights
+from finetune.sources.model import Source
+from finetune.weights import adapter as adapters
+from finetune.weights import layout, merge, shards
+from finetune.weights.compare import compare
+from finetune.weights.sums import Counts
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {}, "llama-sharded": {"shards": True}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {"head_dim": 16},
@@ -61,8 +63,8 @@ def adapted(folder: Path, output: Path, seed: int = 1, **options: Any) -> PeftMo
         for name, p in model.named_parameters():
             if "lora_B" in name or (p.requires_grad and name.endswith("bias")):
                 p.normal_(std=0.05)
-    weights.check_mergeable(model, Source("base", None, folder))
-    export.save_adapter(model, Source("base", None, folder), output)
+    layout.check_mergeable(model, Source("base", None, folder))
+    adapters.save(model, Source("base", None, folder), output)
     return model.eval()
 
 
@@ -91,7 +93,7 @@ def agree(model: PeftModel, merged: Path, within: float = 0.01) -> bool:
 def test_merged_equals_base_plus_adapter(tmp_path: Path, case: str) -> None:
     folder = tiny.model(tmp_path / "base", case.partition("-")[0], **CASES[case])
     model = adapted(folder, tmp_path)
-    done = export.merge(Source("base", None, folder), tmp_path)
+    done = merge.merge(Source("base", None, folder), tmp_path)
     base, merged = tensors(folder), tensors(tmp_path / "merged")
     assert base.keys() == merged.keys() and done.changed + done.kept == len(base) and done.rounded_away == 0
     assert (
@@ -113,7 +115,7 @@ def test_merged_equals_base_plus_adapter(tmp_path: Path, case: str) -> None:
 def test_kinds_of_adapter(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = tiny.model(tmp_path / "base", "qwen2")
     model = adapted(folder, tmp_path, **options)
-    export.merge(Source("base", None, folder), tmp_path)
+    merge.merge(Source("base", None, folder), tmp_path)
     reference = model.merge_and_unload().state_dict()
     for name, value in tensors(tmp_path / "merged").items():
         assert torch.equal(value, reference[name].to(torch.bfloat16)) or (value - reference[name]).abs().max() < 1e-3, (
@@ -127,9 +129,9 @@ def test_the_same_bytes_for_any_number_of_threads_and_workers(tmp_path: Path, mo
     found = []
     threads = torch.get_num_threads()
     for count in (1, 2, 5):
-        monkeypatch.setattr(export, "WORKERS", count)
+        monkeypatch.setattr(merge, "WORKERS", count)
         torch.set_num_threads(count)
-        export.merge(Source("base", None, folder), tmp_path)
+        merge.merge(Source("base", None, folder), tmp_path)
         found.append(files.digests(tmp_path / "merged"))
     torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
@@ -144,10 +146,10 @@ def test_blocks_are_parts_of_the_float64_sum(
 ) -> None:
     folder = tiny.model(tmp_path / "base", kind)
     adapted(folder, tmp_path)
-    monkeypatch.setattr(weights, "BLOCK", block)
-    done = export.merge(Source("base", None, folder), tmp_path)
-    adapter, merged = weights.Adapter(tmp_path / "adapter"), tensors(tmp_path / "merged")
-    targets = adapter.locate(weights.Base(folder))
+    monkeypatch.setattr(shards, "BLOCK", block)
+    done = merge.merge(Source("base", None, folder), tmp_path)
+    adapter, merged = adapters.Adapter(tmp_path / "adapter"), tensors(tmp_path / "merged")
+    targets = adapter.locate(shards.Base(folder))
     assert done.changed == len(targets) > 0
     for name, weight in tensors(folder).items():
         wanted = weight
@@ -163,7 +165,7 @@ def test_experts_that_are_stored_one_by_one_are_refused_with_what_remains(tmp_pa
     with pytest.raises(SettingsError, match=r"weights of experts in .* for example TARGET_MODULES=k_proj,o_proj,q_proj,v_proj, or set SAVE_MERGED=0$"):  # fmt: skip
         adapted(folder, tmp_path)
     adapted(folder, tmp_path, target_modules=["k_proj", "q_proj"])
-    assert export.merge(Source("base", None, folder), tmp_path).changed == 4
+    assert merge.merge(Source("base", None, folder), tmp_path).changed == 4
 
 
 def test_layers_of_one_name_in_text_and_sight_are_told_apart_by_their_shape(tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_layers_of_one_name_in_text_and_sight_are_told_apart_by_their_shape(tmp_
     sight = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
     folder = tiny.model(tmp_path / "base", "gemma3", text_config=text, vision_config=sight, mm_tokens_per_image=4)
     model = adapted(folder, tmp_path, target_modules=["q_proj", "o_proj", "down_proj"])
-    assert export.merge(Source("base", None, folder), tmp_path).changed == 7
+    assert merge.merge(Source("base", None, folder), tmp_path).changed == 7
     wanted = model.merge_and_unload().state_dict()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
     assert wanted.keys() == found.keys()
@@ -192,8 +194,8 @@ def test_float32_tensors_of_a_16_bit_base_keep_type_and_bytes(tmp_path: Path, ki
 
     base = rewritten(folder, dequantize)
     model = adapted(folder, tmp_path, target_modules=["o_proj", "q_a_proj"])
-    done = export.merge(Source("base", None, folder), tmp_path)
-    merged, targets = tensors(tmp_path / "merged"), weights.Adapter(tmp_path / "adapter").locate(weights.Base(folder))
+    done = merge.merge(Source("base", None, folder), tmp_path)
+    merged, targets = tensors(tmp_path / "merged"), adapters.Adapter(tmp_path / "adapter").locate(shards.Base(folder))
     for name, value in base.items():
         assert merged[name].dtype == value.dtype
         if name in targets:
@@ -206,15 +208,15 @@ def test_float32_tensors_of_a_16_bit_base_keep_type_and_bytes(tmp_path: Path, ki
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     # the targets of one are float32: its 16 experts are chosen as before, and nothing was rounded to 16 bits
     assert agree(model, tmp_path / "merged", *([1e-5] if kind == "deepseek_v3" else []))
-    assert export.compare(Source("base", None, folder), tmp_path).kept == done.kept
+    assert compare(Source("base", None, folder), tmp_path).kept == done.kept
 
     name = min(wide - targets.keys())
     rewritten(tmp_path / "merged", lambda values: values.update({name: values[name].bfloat16()}))
     with pytest.raises(SettingsError, match=f"holds other tensors than the base's model.safetensors.* {name}"):
-        export.compare(Source("base", None, folder), tmp_path)
+        compare(Source("base", None, folder), tmp_path)
     rewritten(tmp_path / "merged", lambda values: values.update({name: values[name].float()}))
     with pytest.raises(SettingsError, match=f"{name} has no adapter, but is not the base's"):
-        export.compare(Source("base", None, folder), tmp_path)
+        compare(Source("base", None, folder), tmp_path)
 
 
 def test_a_float32_base_becomes_bfloat16_but_for_norms(tmp_path: Path) -> None:
@@ -222,13 +224,13 @@ def test_a_float32_base_becomes_bfloat16_but_for_norms(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder)
     base = rewritten(folder, lambda values: [value.mul_(1.001) for value in values.values()])
     model = adapted(folder, tmp_path, target_modules=["q_proj"])
-    done = export.merge(Source("base", None, folder), tmp_path)
+    done = merge.merge(Source("base", None, folder), tmp_path)
     merged = tensors(tmp_path / "merged")
     for name, value in base.items():
         assert merged[name].dtype == (torch.float32 if value.dim() == 1 else torch.bfloat16)
         assert "q_proj" in name or torch.equal(merged[name], value.to(merged[name].dtype)), name
     assert (done.changed, done.kept, done.rounded) == (2, 5, 14)
-    assert export.compare(Source("base", None, folder), tmp_path) == export.Counts(2, 0, 0, None, 5, 14)
+    assert compare(Source("base", None, folder), tmp_path) == Counts(2, 0, 0, None, 5, 14)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
     assert agree(model, tmp_path / "merged")
 
@@ -241,7 +243,7 @@ def test_the_merged_config_says_the_type_that_the_weights_have(tmp_path: Path, s
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": said} if said else {k: v for k, v in config.items() if k != "dtype"}))  # fmt: skip
     adapted(folder, tmp_path)
-    export.merge(Source("base", None, folder), tmp_path)
+    merge.merge(Source("base", None, folder), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for name, value in tensors(tmp_path / "merged").items():
         assert value.dtype == loaded[name].dtype == torch.float16 and torch.equal(value, loaded[name]), name
@@ -254,10 +256,10 @@ def test_a_pytorch_bin_base(tmp_path: Path, zipped: bool) -> None:
     torch.save(base, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (folder / "model.safetensors").unlink()
     adapted(folder, tmp_path)
-    done = export.merge(Source("base", None, folder), tmp_path)
+    done = merge.merge(Source("base", None, folder), tmp_path)
     merged = tensors(tmp_path / "merged")
     assert done.changed == 14 == sum(not torch.equal(merged[name], base[name]) for name in base)
-    assert export.compare(Source("base", None, folder), tmp_path).changed == 14
+    assert compare(Source("base", None, folder), tmp_path).changed == 14
     short_run.fit(folder, tmp_path / "checkpoints", MAX_STEPS="1")  # training loads it too
 
 
@@ -282,7 +284,7 @@ def test_layers_that_are_not_loaded_are_not_merged_into(tmp_path: Path, sight: b
 
     base = rewritten(folder, add)
     model = adapted(folder, tmp_path, target_modules=["q_proj", "o_proj", "out_proj"])
-    assert export.merge(Source("base", None, folder), tmp_path).changed == 3
+    assert merge.merge(Source("base", None, folder), tmp_path).changed == 3
     merged = tensors(tmp_path / "merged")
     moved = {name for name in base if not torch.equal(base[name], merged[name])}
     assert len(moved) == 3 and all(name.startswith("model.language_model.layers.") for name in moved)
@@ -307,7 +309,7 @@ def test_layers_of_text_and_sight_are_told_apart_though_their_shapes_are_equal(t
         (r".*encoder.*\.(q_proj|fc1)", 2),
     ):
         model = adapted(folder, tmp_path, target_modules=[targets] if targets == "q_proj" else targets)
-        assert export.merge(Source("base", None, folder), tmp_path).changed == moved
+        assert merge.merge(Source("base", None, folder), tmp_path).changed == moved
         wanted = model.merge_and_unload().state_dict()
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
         assert wanted.keys() == found.keys()
@@ -349,7 +351,7 @@ def test_a_model_that_takes_pictures_keeps_its_processor(tmp_path: Path) -> None
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
     (folder / "video_preprocessor_config.json").write_text("{}")
     adapted(folder, tmp_path, target_modules=["o_proj"])
-    export.merge(Source("base", None, folder), tmp_path)
+    merge.merge(Source("base", None, folder), tmp_path)
     names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
     for name in names:
         assert (tmp_path / "merged" / name).read_bytes() == (folder / name).read_bytes()
@@ -370,15 +372,15 @@ def test_layers_that_training_never_reached_are_told_from_too_small_learning(tmp
         model(input_ids=ids, labels=ids, token_type_ids=torch.zeros_like(ids)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    export.save_adapter(model, Source("base", None, folder), tmp_path)
+    adapters.save(model, Source("base", None, folder), tmp_path)
     # one of those that did learn is left with too little
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     values = load_file(path)
     save_file({n: v * 1e-25 if "language_model.layers.1.self_attn.v_proj.lora_" in n else v for n, v in values.items()}, path)  # fmt: skip
-    done = export.merge(Source("base", None, folder), tmp_path)
+    done = merge.merge(Source("base", None, folder), tmp_path)
     assert (done.changed, done.rounded_away, done.unreached) == (3, 1, 4)  # of the tower two weights and their biases
     assert done.unreached_first == "vision_tower.encoder.layers.0.self_attn.q_proj.bias"
-    assert export.compare(Source("base", None, folder), tmp_path).unreached == 4
+    assert compare(Source("base", None, folder), tmp_path).unreached == 4
     training = dict(steps=1, losses=[2.0, 1.0])
     said = report.summary(tmp_path, dict(training=training, verification=done.record(), timings=dict(total_s=1), settings=dict(MAX_NEW_TOKENS=0)))  # fmt: skip
     assert "note: 1 adapted tensors did not change: the learning was too small for 16 bits" in said
@@ -392,7 +394,7 @@ def test_of_several_forms_the_one_that_is_trained_is_merged_into(tmp_path: Path)
     save_file({n: v * 2 for n, v in tensors(folder).items()}, folder / "model.safetensors", metadata={"format": "pt"})
     for name in ("shards that an older save left", "an index without its shards"):
         model = adapted(folder, tmp_path)
-        assert export.merge(Source("base", None, folder), tmp_path).changed == 14
+        assert merge.merge(Source("base", None, folder), tmp_path).changed == 14
         wanted = model.get_base_model().state_dict()["model.norm.weight"]
         assert torch.equal(tensors(tmp_path / "merged")["model.norm.weight"].float(), wanted), name
         for shard in folder.glob("model-*.safetensors"):
@@ -407,7 +409,7 @@ def test_learning_too_small_for_16_bits_is_counted(tmp_path: Path) -> None:
         {n: v * 1e-25 if "lora_" in n else v for n, v in values.items()},
         tmp_path / "adapter" / "adapter_model.safetensors",
     )
-    done = export.merge(Source("base", None, folder), tmp_path)
+    done = merge.merge(Source("base", None, folder), tmp_path)
     assert (done.changed, done.rounded_away, done.unreached) == (0, 14, 0)
 
 
@@ -415,7 +417,7 @@ def test_the_original_eos_and_generation_config_stay(tmp_path: Path) -> None:
     folder = tiny.model(tmp_path / "base")
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": true}')
     adapted(folder, tmp_path)
-    export.merge(Source("base", None, folder), tmp_path)
+    merge.merge(Source("base", None, folder), tmp_path)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (folder / name).read_bytes()
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -430,7 +432,7 @@ def test_not_finite_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     next(v for n, v in values.items() if "lora_B" in n)[0, 0] = float("nan")
     save_file(values, path)
     with pytest.raises(MergeError, match="not finite"):
-        export.merge(Source("base", None, folder), tmp_path)
+        merge.merge(Source("base", None, folder), tmp_path)
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.partial").exists()
 
 
@@ -459,7 +461,7 @@ def test_a_disk_that_lies_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "fdatasync", flips_a_bit)
     with pytest.raises(MergeError, match=problem):
-        export.merge(Source("base", None, folder), tmp_path)
+        merge.merge(Source("base", None, folder), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -472,7 +474,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "fdatasync", full)
     with pytest.raises(MachineError, match="the disk is full, the merge needs"):
-        export.merge(Source("base", None, folder), tmp_path)
+        merge.merge(Source("base", None, folder), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -483,12 +485,12 @@ def test_bases_that_cannot_be_merged_into(tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.unlink()
     with pytest.raises(SettingsError, match="lacks model-00001"):
-        export.merge(Source("base", None, folder), tmp_path)
+        merge.merge(Source("base", None, folder), tmp_path)
     shard.write_bytes(content[:-10])
     with pytest.raises(SettingsError, match="ends within"):
-        export.merge(Source("base", None, folder), tmp_path)
+        merge.merge(Source("base", None, folder), tmp_path)
     shard.write_bytes(content)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
-    with pytest.raises(SettingsError, match="quantised model"):
-        export.merge(Source("base", None, folder), tmp_path)
+    with pytest.raises(SettingsError, match="its weights are quantised"):
+        merge.merge(Source("base", None, folder), tmp_path)

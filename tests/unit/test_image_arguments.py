@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.machine import preflight
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -18,6 +20,7 @@ def repository(tmp_path: Path) -> Path:
     for name in (
         "scripts/image_arguments.sh",
         "pyproject.toml",
+        "docker/Dockerfile",
         "docker/requirements.txt",
         "docker/requirements-cu128.txt",
     ):
@@ -78,3 +81,9 @@ def test_each_cuda_has_its_base_and_lock(repository: Path, cuda: str, lock: str)
     found = arguments(repository, CUDA=cuda)
     assert found["LOCK"] == lock and f"cuda:{cuda}" in found["BASE"] and "@sha256:" in found["BASE"]
     assert arguments(repository, CUDA=cuda, BASE="another")["BASE"] == "another"
+
+
+def test_bootstrap_knows_the_driver_that_the_program_asks_for() -> None:
+    line = next(line for line in (ROOT / "scripts/bootstrap.sh").read_text().splitlines() if line.startswith("NEEDED="))
+    done = subprocess.run(["bash", "-euc", f"{line}; echo $NEEDED"], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) == preflight.DRIVERS[13]

@@ -14,7 +14,11 @@ import pytest
 
 from finetune.errors import MachineError
 from finetune.machine import preflight
+from finetune.machine.gpus import Gpu, gpus
+from finetune.run import inputs
 from finetune.settings import Settings
+from finetune.sources.model import Source
+from finetune.weights.parameters import parameters, stated
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 81079, 580.159.04, 9.0"
@@ -37,24 +41,24 @@ def checked(
     settings = Settings.from_env(
         {"OUTPUT_DIR": str(folder / "out"), "SAVE_MERGED": "0", "MODEL_NAME": "org/some-100M", **values}
     )
-    return preflight.check(settings, preflight.gpus(environ), environ)
+    return inputs.look(settings, gpus(environ), environ)
 
 
 def test_reads_what_nvidia_smi_says(tmp_path: Path) -> None:
     environ = machine(tmp_path, H100, T4)
-    first, second = preflight.gpus(environ)
-    assert first == preflight.Gpu("NVIDIA H100 80GB HBM3", 81559, 81079, "580.159.04", (9, 0))
+    first, second = gpus(environ)
+    assert first == Gpu("NVIDIA H100 80GB HBM3", 81559, 81079, "580.159.04", (9, 0))
     assert second.capability == (7, 5)
 
 
 @pytest.mark.parametrize(("visible", "names"), [("1", ["Tesla T4"]), ("GPU-aa", ["NVIDIA H100 80GB HBM3"]), ("", []), ("-1", []), ("1,0", ["Tesla T4", "NVIDIA H100 80GB HBM3"]), ("1,9,0", ["Tesla T4"])])  # fmt: skip
 def test_cuda_visible_devices(tmp_path: Path, visible: str, names: list[str]) -> None:
-    assert [g.name for g in preflight.gpus({**machine(tmp_path, H100, T4), "CUDA_VISIBLE_DEVICES": visible})] == names
+    assert [g.name for g in gpus({**machine(tmp_path, H100, T4), "CUDA_VISIBLE_DEVICES": visible})] == names
 
 
 def test_no_driver_no_gpu(tmp_path: Path) -> None:
-    assert preflight.gpus({"PATH": str(tmp_path)}) == []
-    assert preflight.gpus(machine(tmp_path, "NVIDIA-SMI has failed because it could not talk to the driver")) == []
+    assert gpus({"PATH": str(tmp_path)}) == []
+    assert gpus(machine(tmp_path, "NVIDIA-SMI has failed because it could not talk to the driver")) == []
 
 
 def test_a_missing_compiler_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -63,9 +67,9 @@ def test_a_missing_compiler_is_named_before_anything_is_loaded(tmp_path: Path) -
     )
     bare = {**machine(tmp_path, H100), "PATH": str(tmp_path)}
     with pytest.raises(MachineError, match="No C compiler"):
-        preflight.check(settings, preflight.gpus(bare), bare)
+        inputs.look(settings, gpus(bare), bare)
     compiler = {**bare, "CC": "/usr/bin/gcc"}
-    assert "GPU: NVIDIA H100 80GB HBM3" in preflight.check(settings, preflight.gpus(compiler), compiler)[0]
+    assert "GPU: NVIDIA H100 80GB HBM3" in inputs.look(settings, gpus(compiler), compiler)[0]
 
 
 def test_an_old_driver_is_named_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,16 +98,16 @@ def test_two_gpus_say_which_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [("unsloth/DeepSeek-R1-Distill-Llama-8B", 8e9), ("Qwen/Qwen2.5-0.5B-Instruct", 5e8), ("HuggingFaceTB/SmolLM2-135M", 135e6), ("org/mixtral-8x7B-v1", None), ("org/phi-4", None), ("org/v2b-model", None)],
 )  # fmt: skip
 def test_parameters_as_a_name_states_them(name: str, count: float | None) -> None:
-    assert preflight.parameters(name) == count
+    assert stated(name) == count
 
 
 def test_parameters_counted_in_a_folder(tmp_path: Path) -> None:
     header = json.dumps({"__metadata__": {}, "a": {"dtype": "BF16", "shape": [3, 5], "data_offsets": [0, 30]}, "b": {"dtype": "BF16", "shape": [], "data_offsets": [30, 32]}}).encode()  # fmt: skip
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
-    assert preflight.parameters(str(tmp_path)) == 16
+    assert parameters(Source("model", None, tmp_path)) == 16
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 4)
     with pytest.raises(MachineError, match="not a whole safetensors file"):
-        preflight.parameters(str(tmp_path))
+        parameters(Source("model", None, tmp_path))
 
 
 def test_a_full_disk_is_found_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,14 +117,14 @@ def test_a_full_disk_is_found_before_the_download(tmp_path: Path, monkeypatch: p
 
 # root may read everything, so it becomes someone else first, after the imports that need its Python
 AS_ANOTHER = """
-import os, sys
-from finetune.machine import preflight
+import encodings.utf_8_sig, os, sys
+from finetune.run import inputs
 from finetune.errors import Refusal
 from finetune.settings import Settings
 if os.getuid() == 0:
     os.setgid(23456), os.setuid(12345)
 try:
-    preflight.check(Settings.from_env(dict(word.split("=", 1) for word in sys.argv[1:])), [], {})
+    inputs.look(Settings.from_env(dict(word.split("=", 1) for word in sys.argv[1:])), [], {})
 except Refusal as refusal:
     print(refusal)
     sys.exit(refusal.code)
@@ -162,7 +166,7 @@ def test_no_temporary_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(MachineError, match=r"TMPDIR=.*--tmpfs /tmp"):
-        preflight.check(Settings.from_env({}), [], {})
+        inputs.look(Settings.from_env({}), [], {})
 
 
 def test_weights_that_are_not_loaded_are_not_counted(tmp_path: Path) -> None:
@@ -173,9 +177,22 @@ def test_weights_that_are_not_loaded_are_not_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(whole)
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert preflight.parameters(str(tmp_path)) == 12
+    assert parameters(Source("model", None, tmp_path)) == 12
     (tmp_path / "model.safetensors").write_bytes(whole)
-    assert preflight.parameters(str(tmp_path)) == 6
+    assert parameters(Source("model", None, tmp_path)) == 6
     for path in tmp_path.glob("model*"):
         path.unlink()
-    assert preflight.parameters(str(tmp_path)) is None
+    assert parameters(Source("model", None, tmp_path)) is None
+
+
+def test_a_folder_below_the_home_is_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name it would be one of 180,000 GB."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [2000000], "data_offsets": [0, 4000000]}}).encode()
+    (tmp_path / "huge-90000B").mkdir()
+    (tmp_path / "huge-90000B" / "config.json").write_text("{}")
+    (tmp_path / "huge-90000B" / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + bytes(4000000)
+    )
+    found = checked(tmp_path, H100, monkeypatch=monkeypatch, MODEL_NAME="~/huge-90000B", DATASET_NAME="samples")
+    assert "model: ~/huge-90000B, 2 M parameters" in found

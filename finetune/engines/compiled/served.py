@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
-    from finetune.machine.preflight import Gpu
+    from finetune.machine.gpus import Gpu
 
 # Their decoder layers take position_embeddings, and hand everything else to the attention function.
 TYPES = ("llama", "qwen2", "qwen3")

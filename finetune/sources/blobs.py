@@ -22,7 +22,7 @@ CHECKED = "finetune-checked.json"  # in the repository's folder of the cache: wh
 
 @dataclasses.dataclass(frozen=True)
 class Blob:
-    """A file of the cache as it was read. named: the hash that its name says; found: that of its content, in the same form."""
+    """A file of the cache as it was read. named: the hash in its name; found: that of its content, in the same form."""
 
     sha256: str
     named: str
@@ -32,8 +32,8 @@ class Blob:
 def read(repository: Path, paths: Collection[Path]) -> dict[Path, Blob]:
     """Each of the files below `repository`, read where it was not before. One whose name is no hash is what it is.
 
-    What was read is remembered beside the files, under name, size, time and inode. Where nothing can be written, the next run
-    reads again.
+    What was read is remembered beside the files, under name, size, time and inode. Where nothing can be written, the
+    next run reads again.
     """
     known = _remembered(repository)
     states = {path: _state(path) for path in paths}

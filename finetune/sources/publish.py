@@ -1,0 +1,69 @@
+"""What a run left goes to the Hub: each folder with its card, in one commit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from finetune.errors import HubError, MachineError, SettingsError, without_password
+from finetune.settings import Settings
+from finetune.sources.client import explained, token
+
+
+def publish(settings: Settings, output: Path) -> None:
+    """Push `output`/adapter to HUB_MODEL_ID, and `output`/merged to HUB_MERGED_MODEL_ID where that is set.
+
+    output: a run's folder, whose files the caller has held against their hashes. Raises HubError, with everything
+    still on disk, and SettingsError where a folder is not there.
+    """
+    api = HfApi(token=token(settings))
+    for folder, variable, repository in (
+        ("adapter", "HUB_MODEL_ID", settings.hub_model_id),
+        ("merged", "HUB_MERGED_MODEL_ID", settings.hub_merged_model_id),
+    ):
+        if repository is None:
+            continue
+        if not (output / folder).is_dir():
+            raise SettingsError(
+                f"{output / folder}: is not there, so {variable} cannot be published; train first, or unset {variable}"
+            )
+        with _goes_on(settings.hub_model_id, output), explained(variable, repository):
+            full = api.create_repo(repository, private=settings.hub_private_repo, exist_ok=True).repo_id
+            print(f"Hub: publishing {folder} to {full}", flush=True)
+            upload = functools.partial(api.upload_folder, repo_id=full, folder_path=output / folder)
+            _patiently(functools.partial(upload, commit_message=f"Upload {folder}"))
+            print(f"published: {without_password(api.endpoint)}/{full}", flush=True)
+
+
+def _patiently(call: Callable[[], Any]) -> Any:
+    """Call again after a hiccup of the Hub: the client repeats its transfers, but not the commit at the end."""
+    for pause in (2, 8, 0):
+        try:
+            return call()
+        except (HfHubHTTPError, httpx.TransportError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 503)
+            if not pause or status not in (429, 500, 502, 503, 504):
+                raise
+            print(f"Hub: HTTP {status}, trying again in {pause} s", flush=True)
+            time.sleep(pause)
+
+
+@contextlib.contextmanager
+def _goes_on(repository: str | None, output: Path) -> Iterator[None]:
+    """Add to a refusal how to publish later."""
+    try:
+        yield
+    except (HubError, SettingsError, MachineError) as error:
+        raise HubError(
+            *error.problems,
+            f"Everything is still in {output}. To publish it: python entrypoint.py push HUB_MODEL_ID={repository} "
+            f"OUTPUT_DIR={output} (or make push-hub); no GPU is needed.",
+        ) from None
