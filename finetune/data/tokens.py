@@ -74,12 +74,13 @@ class Tokens:
         for ids in self.dataset.select(range(min(SAMPLE, len(self.dataset))))["input_ids"]:
             yield tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
 
-    def describe(self) -> str:
-        """One line for the console."""
-        return (
+    def describe(self, dropped: int) -> str:
+        """Lines for the console. dropped: rows that were left out before."""
+        line = (
             f"{len(self.dataset)} rows, {self.trained:,} of {self.total:,} tokens are trained, the longest row has {self.longest}, all "
-            f"begin with the same {self.common}, {self.truncated} truncated"
+            f"begin with the same {self.common}, {self.truncated} truncated, {dropped + self.dropped} dropped"
         )
+        return "\n".join(f"data: {each}" for each in (line, *self.notes))
 
 
 def format_of(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date) -> Format:

@@ -75,8 +75,7 @@ def train_in(
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded), source.has_tokenizer_json)
-    console.phase("loading", f"data: {tokens.describe()}, {rows.dropped + tokens.dropped} dropped")
-    print(*(f"data: {note}" for note in tokens.notes), sep="\n", end="\n" * bool(tokens.notes), flush=True)
+    console.phase("loading", tokens.describe(rows.dropped))
     identity = {
         **settings.deciding(),
         **choice.deciding(),
