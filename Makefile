@@ -69,7 +69,7 @@ lint: dev ## ruff, layers of imports, mypy, shellcheck, hadolint
 	@"$$VENV/bin/shellcheck" $(SCRIPTS)
 	@$(if $(wildcard docker/Dockerfile),"$$VENV/bin/hadolint" docker/Dockerfile)
 
-env-example: main ## write env.example, README's tables and run.schema.json from their declarations
+env-example: main ## write env.example, README's tables, run.schema.json and the drawing in docs/architecture.md
 	@$(PYTHON_RUN) scripts/env_example.py
 
 lock: ## resolve the dependencies again (UPGRADE=1: newest versions)

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Write what is generated from declarations: env.example, README's tables of settings and verbs, and run.json's schema."""
+"""Write all that is generated: env.example, README's tables, run.json's schema, and the drawing in docs/architecture.md."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import architecture
 import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ def main() -> None:
     readme.put("<!-- settings: make env-example -->", "<!-- end of settings -->", table())
     readme.put("<!-- verbs: make env-example -->", "<!-- end of verbs -->", verbs.readme())
     files.write_json(ROOT / "finetune" / "run.schema.json", record.schema())
+    readme.put(architecture.BEGIN, architecture.END, architecture.drawing(), architecture.PAGE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The generated parts of README.md, each between two comments."""
+"""The generated parts of README.md and other pages, each between two comments."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def put(begin: str, end: str, content: str) -> None:
+def put(begin: str, end: str, content: str, page: Path = README) -> None:
     """Replace what stands between the lines `begin` and `end`. content: whole lines."""
-    text = README.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(f"{begin}\n")
     _, found, after = rest.partition(end)
     if not found:
-        sys.exit(f"README.md: needs a line {begin} and after it a line {end}")
-    README.write_text(f"{before}{begin}\n{content}{end}{after}", encoding="utf-8")
+        sys.exit(f"{page.name}: needs a line {begin} and after it a line {end}")
+    page.write_text(f"{before}{begin}\n{content}{end}{after}", encoding="utf-8")
