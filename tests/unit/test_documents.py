@@ -20,7 +20,7 @@ FOLDERS = ("finetune", "scripts", "tests", "docker", "docs", "benchmarks")
 
 def named(text: str) -> set[str]:
     """Files that a text names. `new` before a name: a file that is still to be written; NAME: any."""
-    found = re.findall(r"(?<!new `)(?<![\w/.-])((?:[\w-]+/)*[\w-]+\.(?:py|sh|yaml))\b", text)
+    found = re.findall(r"(?<!new `)(?<![\w/.-])((?:[\w-]+/)*[\w-]+\.(?:py|sh|yaml))\b", " ".join(text.split()))
     return {name for name in found if "NAME" not in name}
 
 
