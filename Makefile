@@ -9,7 +9,7 @@ unexport PYTHONHOME
 # As typed: make would expand a dollar sign in the question.
 override Q := $(value Q)
 export Q
-# As the program has it: what is typed here stands in process lists and in the shell's history.
+# The program refuses this too: what is typed here shows in process lists and in the shell's history.
 $(foreach name,HF_TOKEN WANDB_API_KEY,$(if $(filter command,$(origin $(name))),$(error \
     $(name): a secret does not belong on the command line; set it in the environment or in .env, or $(name)_FILE to a file with it)))
 PYTHON_RUN := "$$VENV/bin/python"
