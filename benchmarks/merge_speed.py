@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from finetune import files  # noqa: E402
 from finetune.run import provenance  # noqa: E402
-from finetune.sources.hub import Source  # noqa: E402
+from finetune.sources.model import Source  # noqa: E402
 from finetune.weights import merge as export  # noqa: E402
 from scripts import bench  # noqa: E402
 
