@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from finetune import files  # noqa: E402
 from finetune.run import provenance  # noqa: E402
 from finetune.sources.model import Source  # noqa: E402
+from finetune.weights import compare, sums  # noqa: E402
 from finetune.weights import merge as export  # noqa: E402
 from scripts import bench  # noqa: E402
 
@@ -76,7 +77,8 @@ def main(out: Path, source: Path | None, workers: list[int]) -> None:
         adapter(source, work)
         for _ in range(ROUNDS):
             for count in workers:
-                export.WORKERS = count
+                for module in (sums, compare, export):
+                    module.WORKERS = count
                 done = export.merge(Source("base", None, source), work, device)
                 found["merge_s"][str(count)].append(done.seconds)
                 shutil.rmtree(work / "merged")
@@ -96,5 +98,5 @@ if __name__ == "__main__":
     main(
         Path(sys.argv[1]),
         Path(given[0]) if given else None,
-        [int(word) for word in given[1:]] or [export.WORKERS],
+        [int(word) for word in given[1:]] or [sums.WORKERS],
     )

@@ -13,7 +13,6 @@ from pathlib import Path
 from finetune import console, data, sources
 from finetune.engines import refusals
 from finetune.engines.choose import choose
-from finetune.inference import answer
 from finetune.machine import gpus, preflight
 from finetune.run import folder, inputs, provenance, report
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
@@ -68,6 +67,7 @@ def train_in(
     engine = choice.open(settings)
     # these import trl, transformers and peft, and unsloth must come before them
     from finetune.engines import checks
+    from finetune.inference import answer
     from finetune.training import fit as train
     from finetune.weights import adapter, layout, merge
 
@@ -97,8 +97,16 @@ def train_in(
     before = ask("before")
     clock.mark("before_s")
     console.phase("training", train.describe(train.order_of(settings, tokens)))
-    followed = recorded["training"]["plan"] if recorded else None
-    fit = train.fit(model, tokens, tokenizer, settings, choice, engine, output / "checkpoints", followed)
+    fit = train.fit(
+        model,
+        tokens,
+        tokenizer,
+        settings,
+        choice,
+        engine,
+        output / "checkpoints",
+        recorded["training"]["plan"] if recorded else None,
+    )
     clock.mark("train_s")
     after = ask("after")
     clock.mark("after_s")

@@ -1,0 +1,267 @@
+"""Greedy decoding without Python between two tokens: a static key-value cache, and one captured CUDA graph for a token of all prompts.
+
+transformers' generate launches some thousand small kernels from Python for each token, and an H100 waits for them: 7 to 14 tokens a
+second of an 8B model (benchmarks/h100). Here a prompt goes through the model in one pass, then one graph is captured and replayed.
+Norms, rotary embeddings and attention are written out for the architectures in TYPES; weights are the model's own, as they lie.
+Where there is room, adapter and 4-bit weights are folded into 16-bit matrices for the while, q, k and v in one, gate and up in one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+TYPES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the text
+EVERY = 8  # tokens between two looks at what has come, each of which waits for the GPU
+WARM_UP = 2  # steps before a graph is captured: they choose kernels and allocate
+
+Product = Callable[[Tensor], Tensor]
+
+
+def unserved(model: Any) -> str | None:
+    """Why this model is not decoded here, in words; None: it is."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config
+    if config.model_type not in TYPES or not type(base).__module__.startswith("transformers."):
+        return f"it serves {', '.join(TYPES)} as transformers has them, and this is {config.model_type}"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPES:
+        return f"rotary embeddings of type {rope} depend on the length of the text"
+    if getattr(config, "use_sliding_window", config.model_type == "mistral") and getattr(
+        config, "sliding_window", None
+    ):
+        return "its attention has a sliding window"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A decoder layer's products and norms. qkv and gate_up give their parts side by side. q_norm, k_norm: of a head (Qwen3)."""
+
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
+    norm: Product
+    norm_mlp: Product
+    q_norm: Product | None
+    k_norm: Product | None
+
+
+class Decoder:
+    """Decodes greedily with the weights of `model`. folded: adapter and 4-bit weights are folded into 16-bit matrices meanwhile."""
+
+    def __init__(self, model: Any, folded: bool):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base, self.decoder, self.config = base, base.model, base.config
+        self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        self.head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
+        self.embedding = base.get_input_embeddings().weight
+        self.dtype, self.device = self.embedding.dtype, base.device
+        self.scale = self.decoder.layers[0].self_attn.scaling
+        self.layers = [self._layer(layer, folded) for layer in self.decoder.layers]
+        self.norm = self._norm(self.decoder.norm)
+        # Gemma's; rounded to the type of the states, as there
+        self.factor = self.config.hidden_size**0.5 if self.config.model_type == "gemma" else None
+
+    def _layer(self, layer: Any, folded: bool) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        joined = _folded if folded else _as_they_lie
+        return Layer(
+            qkv=joined([attention.q_proj, attention.k_proj, attention.v_proj], self.dtype),
+            out=joined([attention.o_proj], self.dtype),
+            gate_up=joined([mlp.gate_proj, mlp.up_proj], self.dtype),
+            down=joined([mlp.down_proj], self.dtype),
+            norm=self._norm(layer.input_layernorm),
+            norm_mlp=self._norm(layer.post_attention_layernorm),
+            q_norm=self._norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            k_norm=self._norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        )
+
+    def _norm(self, norm: Any) -> Product:
+        """A root mean square norm in one kernel, where transformers' takes eight."""
+        gemma = self.config.model_type == "gemma"
+        weight = norm.weight + 1 if gemma else norm.weight
+        eps = norm.eps if gemma else norm.variance_epsilon
+        return lambda x: functional.rms_norm(x, weight.shape, weight, eps)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def tokens(self, prompts: Sequence[Sequence[int]], limit: int, ends: Sequence[int]) -> Iterator[list[list[int]]]:
+        """What each prompt is continued with, in lists of a few tokens as they come: at most `limit`, each to its own end token, included.
+
+        Prompts of different lengths are filled up in front.
+        """
+        rows, longest = len(prompts), max(map(len, prompts))
+        length = longest + limit
+        pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        state = _State(self, rows, length, pads)
+        following = self._pass(ids, state, torch.arange(longest, device=self.device))
+        stops = torch.tensor(sorted(ends), device=self.device)
+        made = torch.empty(rows, limit, dtype=torch.long, device=self.device)
+        made[:, 0] = following
+        at, current = torch.tensor([longest], device=self.device), following[:, None].clone()
+
+        def step() -> None:
+            """One token of each row, written behind the last."""
+            found = self._pass(current, state, at)
+            current.copy_(found[:, None])
+            at.add_(1)
+            made.index_copy_(1, at - longest, found[:, None])
+
+        told, finished = 0, torch.zeros(rows, dtype=torch.bool, device=self.device)
+        with _replayed(step, (at, current), self.device, limit) as again:
+            for count in range(1, limit + 1):
+                if count < limit and count % EVERY:
+                    again()
+                    continue
+                new = made[:, told:count]
+                ended = torch.isin(new, stops)
+                kept = (ended.cumsum(1) - ended.long() == 0) & ~finished[:, None]  # up to the first end
+                yield [row[: int(number)] for row, number in zip(new.tolist(), kept.sum(1).tolist(), strict=True)]
+                finished |= ended.any(1)
+                told = count
+                if count == limit or bool(finished.all()):
+                    return
+                again()
+
+    def _pass(self, ids: Tensor, state: _State, at: Tensor) -> Tensor:
+        """The likeliest token after each row. ids: (rows, new) at the places `at`, (new,), of the cache."""
+        hidden = functional.embedding(ids, self.embedding)
+        if self.factor is not None:
+            hidden = hidden * torch.tensor(self.factor, dtype=hidden.dtype, device=hidden.device)
+        cos, sin = state.cos[:, at], state.sin[:, at]  # (rows, new, 1, head)
+        places = state.places if len(at) == 1 else state.places[: len(at)]  # a prompt sees no further than itself
+        hides = (places[None, None] > at[None, :, None]) | (places[None, None] < state.pads[:, None, None])
+        for layer, keys, values in zip(self.layers, state.keys, state.values, strict=True):
+            mixed = self._attention(layer, layer.norm(hidden), keys, values, cos, sin, at, hides)
+            hidden = hidden + layer.out(mixed)
+            gate, up = layer.gate_up(layer.norm_mlp(hidden)).chunk(2, -1)
+            hidden = hidden + layer.down(self._act(gate) * up)
+        return self.base.lm_head(self.norm(hidden[:, -1])).argmax(-1)
+
+    def _act(self, gate: Tensor) -> Tensor:
+        act: Tensor = self.decoder.layers[0].mlp.act_fn(gate)
+        return act
+
+    def _attention(
+        self, layer: Layer, x: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, at: Tensor, hides: Tensor
+    ) -> Tensor:  # fmt: skip
+        """x: (rows, new, width). keys, values: (rows, kv heads, length, head), written at `at`. hides: (rows, new, keys)."""
+        rows, new, _ = x.shape
+        both = layer.qkv(x).view(rows, new, -1, self.head)
+        q, k, v = both.split([self.heads, self.kv_heads, self.kv_heads], 2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        turned = _rotated(torch.cat([q, k], 2), cos, sin)
+        q, k = turned.split([self.heads, self.kv_heads], 2)
+        keys.index_copy_(2, at, k.transpose(1, 2))
+        values.index_copy_(2, at, v.transpose(1, 2))
+        seen = hides.shape[-1]
+        groups = self.heads // self.kv_heads
+        # the heads that share keys, and the new tokens, side by side: one product for both
+        asked = q.reshape(rows, new, self.kv_heads, groups, self.head).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        scores = asked @ keys[:, :, :seen].transpose(2, 3) * self.scale
+        scores = scores.view(rows, self.kv_heads, groups, new, seen).masked_fill(hides[:, None, None], float("-inf"))
+        shares = (
+            functional.softmax(scores, -1, dtype=torch.float32).to(values.dtype).nan_to_num()
+        )  # of a place that only fills up
+        mixed = shares.flatten(2, 3) @ values[:, :, :seen]
+        return mixed.view(rows, self.kv_heads, groups, new, self.head).permute(0, 3, 1, 2, 4).flatten(2)
+
+
+class _State:
+    """The cache of all layers, and the angles of each row's places. pads: (rows,) places in front that only fill up."""
+
+    def __init__(self, decoder: Decoder, rows: int, length: int, pads: Tensor):
+        shape = rows, decoder.kv_heads, length, decoder.head
+        make = dict(dtype=decoder.dtype, device=decoder.device)
+        self.keys = [torch.zeros(shape, **make) for _ in decoder.layers]
+        self.values = [torch.zeros(shape, **make) for _ in decoder.layers]
+        self.pads, self.places = pads, torch.arange(length, device=decoder.device)
+        positions = (self.places[None] - pads[:, None]).clamp(min=0)
+        cos, sin = decoder.decoder.rotary_emb(torch.empty(0, **make), positions)
+        self.cos, self.sin = cos[:, :, None], sin[:, :, None]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (rows, new, heads, head)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def _folded(modules: list[Any], dtype: torch.dtype) -> Product:
+    """The modules' products side by side, as one matrix with their adapters in it."""
+    weight = torch.cat([_whole_weight(module, dtype) for module in modules])
+    biases = [getattr(module, "base_layer", module).bias for module in modules]
+    bias = None if biases[0] is None else torch.cat([b.to(dtype) for b in biases])
+    return lambda x: functional.linear(x, weight, bias)
+
+
+def _as_they_lie(modules: list[Any], dtype: torch.dtype) -> Product:
+    """The same by the modules themselves."""
+    if len(modules) == 1:
+        return modules[0]
+    return lambda x: torch.cat([module(x) for module in modules], -1)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _whole_weight(module: Any, dtype: torch.dtype) -> Tensor:
+    """A linear layer's weight (out, in) in `dtype`, dequantized, with its adapter added and rounded once."""
+    import bitsandbytes
+
+    base = getattr(module, "base_layer", module)
+    state = getattr(base.weight, "quant_state", None)
+    weight = base.weight if state is None else bitsandbytes.functional.dequantize_4bit(base.weight.data, state)
+    if module is base:
+        return weight.to(dtype)
+    total = weight.float()
+    for name in module.active_adapters:
+        total = torch.addmm(
+            total, module.lora_B[name].weight.float(), module.lora_A[name].weight.float(), alpha=module.scaling[name]
+        )
+    return total.to(dtype)
+
+
+def folded_bytes(model: Any) -> int:
+    """Bytes that `folded` takes on top of the model's own weights."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    linear = (
+        m
+        for layer in base.model.layers
+        for m in layer.modules()
+        if hasattr(m, "in_features") and not hasattr(m, "lora_A")
+    )
+    width = base.get_input_embeddings().weight.element_size()
+    return sum(m.in_features * m.out_features * width for m in linear if m.out_features * m.in_features > 0)
+
+
+@contextlib.contextmanager
+def _replayed(
+    step: Callable[[], None], changed: Sequence[Tensor], device: torch.device, limit: int
+) -> Iterator[Callable[[], None]]:  # fmt: skip
+    """A function that does what `step` does: on a GPU as one captured graph. changed: what it changes, set back after the warm-up."""
+    if device.type != "cuda" or limit < 2 * WARM_UP:
+        yield step
+        return
+    before = [tensor.clone() for tensor in changed]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for tensor, value in zip(changed, before, strict=True):
+        tensor.copy_(value)
+    yield graph.replay
+    graph.reset()
