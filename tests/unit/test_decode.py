@@ -92,11 +92,9 @@ def test_four_bits_are_folded_as_they_are_dequantized(tmp_path: Path) -> None:
     folded = decoded(decode.Decoder(loaded, True), PROMPTS[:2], [1])
     for module in loaded.get_base_model().model.layers.modules():
         base = getattr(module, "base_layer", module)
-        if (
-            (hasattr(getattr(base, "weight", None), "quant_state")
-            and module is not base)
-            or type(module).__name__ == "Linear4bit"
-        ):
+        if (hasattr(getattr(base, "weight", None), "quant_state") and module is not base) or type(
+            module
+        ).__name__ == "Linear4bit":
             weight = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
             for name in getattr(module, "lora_A", {}):
                 weight = weight + module.scaling[name] * module.lora_B[name].weight @ module.lora_A[name].weight
