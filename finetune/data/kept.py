@@ -7,7 +7,7 @@ import functools
 import re
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.formats import BadRow, any_of
+from finetune.data.formats.base import BadRow, any_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class Guard:
         bare = functools.partial(re.sub, r"\s+", "")
         if self.own_file and _same([*map(bare, wanted)], [*map(bare, found)], cut):
             return True
-        raise BadRow(f"is not what its tokens say: {_difference(self._segments(text), found)}")
+        raise BadRow(f"would lose text in its tokens: {_difference(self._segments(text), found)}")
 
     def _segments(self, text: str) -> list[str]:
         return [segment for part in self.separator.split(text) if (segment := part.strip())]

@@ -49,7 +49,7 @@ def results(work: Callable[[Row], Row], rows: list[Row], processes: int) -> Data
 
 
 def _begin(work: Callable[[Row], Row]) -> None:
-    """A child's beginning. ^C is for the parent, which ends its children by SIGTERM; and where it is killed they go too."""
+    """Runs first in each child. The parent handles ^C and ends children with SIGTERM. If the parent is killed, they end too."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)

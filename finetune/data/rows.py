@@ -13,8 +13,7 @@ from typing import Any
 
 from finetune import sources
 from finetune.data import checks, reading
-from finetune.data.formats import messages as conversation
-from finetune.data.formats import template
+from finetune.data.formats import FORMATS
 from finetune.data.reading import Placed, Row
 from finetune.errors import SettingsError
 from finetune.settings import SPLIT, Settings
@@ -27,7 +26,7 @@ SAMPLES = Path(__file__).parent.parent / "samples"
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows that passed the checks. messages: whether they are in the `messages` form. seen, dropped: rows read, and left out.
+    """Rows that passed the checks. format: their form's name. seen, dropped: rows read, and left out.
 
     places: of each row, for messages. sha256: of their texts in order, so that equal data is known as equal.
     """
@@ -35,15 +34,11 @@ class Rows:
     name: str
     commit: str | None
     rows: list[Row]
-    messages: bool
+    format: str
     seen: int
     dropped: int
     sha256: str
     places: list[str]
-
-    @property
-    def format(self) -> str:
-        return "messages" if self.messages else "columns"
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the data."""
@@ -75,30 +70,21 @@ def load(settings: Settings) -> Rows:
     if not found:
         raise SettingsError(f"DATASET_NAME={name}: holds no rows in {settings.dataset_split}")
     first: Row = next((row for _, row in found if isinstance(row, dict)), {})
-    messages = "messages" in first and not set(first).issuperset(settings.completion_columns)
-    columns = ("messages",) if messages else settings.prompt_columns + settings.completion_columns
-    kept = (*columns, *conversation.NOT_YET) if messages else columns
+    form = next(form for form in FORMATS.values() if form.recognises(first, settings))
+    needs, reads = form.needs(settings), form.reads(settings)
     good, bad, places = [], [], []
     for where, row in found:
-        if problem := _problem(row, columns, messages):
+        if problem := form.problem(row, settings) if isinstance(row, dict) else f"is {checks.kind(row)}, not an object":
             bad.append(f"{where}: {problem}")
         else:
-            good.append({column: row[column] for column in kept if column in columns or row.get(column)})
+            good.append({column: row[column] for column in reads if column in needs or row.get(column)})
             places.append(where)
-    refuse(bad, len(found), settings, f"every row needs text in {', '.join(columns)}")
+    refuse(bad, len(found), settings, f"every row needs text in {', '.join(needs)}")
     if not good:
         raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
-    if not messages:
-        template.template(settings)  # refused now, and not when a model has come down from the Hub
+    form.check(settings)  # refused now, and not when a model has come down from the Hub
     digest = hashlib.sha256(json.dumps(good, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-    return Rows(name, commit, good, messages, len(found), len(bad), digest, places)
-
-
-def _problem(row: Any, columns: tuple[str, ...], messages: bool) -> str | None:
-    """Why there is no training text in a row as it was read; None: there is."""
-    if not isinstance(row, dict):
-        return f"is {checks.kind(row)}, not an object"
-    return conversation.problem(row) if messages else template.problem(row, columns)
+    return Rows(name, commit, good, form.NAME, len(found), len(bad), digest, places)
 
 
 def refuse(bad: list[str], of: int, settings: Settings, needed: str) -> None:
@@ -186,7 +172,7 @@ def _folder_without_rows(name: str, path: Path) -> Iterator[str]:
 
 def _wanted(settings: Settings) -> set[str]:
     """Columns that rows may be made of."""
-    return {"messages", *conversation.NOT_YET, *settings.prompt_columns, *settings.completion_columns}
+    return {column for form in FORMATS.values() for column in form.reads(settings)}
 
 
 def _slice(settings: Settings, rows: list[Placed]) -> list[Placed]:

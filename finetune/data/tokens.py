@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune.data import processes
-from finetune.data.formats import BadRow, Format, Span, Text
-from finetune.data.formats.messages import Messages
-from finetune.data.formats.template import Columns
+from finetune.data.formats import FORMATS, Format
+from finetune.data.formats.base import BadRow, Span, Text
 from finetune.data.kept import Guard
 from finetune.data.reading import Row
 from finetune.data.rows import Rows, refuse
@@ -77,17 +76,15 @@ class Tokens:
     def describe(self, dropped: int) -> str:
         """Lines for the console. dropped: rows that were left out before."""
         line = (
-            f"{len(self.dataset)} rows, {self.trained:,} of {self.total:,} tokens are trained, the longest row has {self.longest}, all "
-            f"begin with the same {self.common}, {self.truncated} truncated, {dropped + self.dropped} dropped"
+            f"{len(self.dataset)} rows, {self.trained:,} of {self.total:,} tokens are trained, the longest row has {self.longest}, the "
+            f"first {self.common} are the same in every row, {self.truncated} truncated, {dropped + self.dropped} dropped"
         )
         return "\n".join(f"data: {each}" for each in (line, *self.notes))
 
 
-def format_of(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date) -> Format:
-    """The format of rows. date: what a chat template that writes today's date is to write."""
-    if name != "messages":
-        return Columns.of(settings, tokenizer)
-    return Messages.of(settings.dataset_name, settings.model_name, tokenizer, date, settings.train_on == "all")
+def format_of(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, day: datetime.date) -> Format:
+    """The format of rows by its name. day: what a chat template that writes today's date is to write."""
+    return FORMATS[name].of(settings, tokenizer, day)
 
 
 def tokenize(
@@ -108,13 +105,14 @@ def tokenize(
         made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on == "response"
     )
     mapped = processes.results(work, rows.rows, settings.dataset_num_proc)
-    bad = [f"{place}: {problem}" for place, problem in zip(rows.places, mapped["problem"], strict=True) if problem]
+    problems = mapped["problem"]
+    bad = [f"{place}: {problem}" for place, problem in zip(rows.places, problems, strict=True) if problem]
+    places = [place for place, problem in zip(rows.places, problems, strict=True) if not problem]
     refuse(bad, len(rows.rows), settings, "what a row says has to be trained")
     if len(bad) == len(rows.rows):
         raise SettingsError(f"DATASET_NAME={rows.name}: no row can be trained on; the first is {bad[0]}")
     if bad:
-        mapped = mapped.select([index for index, problem in enumerate(mapped["problem"]) if not problem])
-    places = [place for place, problem in zip(rows.places, mapped["problem"], strict=False) if not problem]
+        mapped = mapped.select([index for index, problem in enumerate(problems) if not problem])
     lengths, largest, trained, digest, common = [], 0, 0, hashlib.sha256(), None
     for ids, labels in zip(mapped["input_ids"], mapped["labels"], strict=True):
         common = _same((ids, labels), common or (ids, labels))
@@ -133,7 +131,7 @@ def tokenize(
         trained=trained,
         dropped=len(bad),
         day=date,
-        writes_day=rows.messages and "strftime_now" in str(tokenizer.chat_template),
+        writes_day=made.writes_day,
         notes=_notes(mapped, places),
         sha256=digest.hexdigest(),
     )

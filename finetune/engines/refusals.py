@@ -34,7 +34,7 @@ def loading(
 def memory_told(
     remedy: str = "plan for less, for example MAX_MEMORY=12; the same command goes on from the last checkpoint",
 ) -> Iterator[None]:
-    """GPU memory that runs out where nothing can be halved (an answer, the optimizer, the merge), as a MachineError."""
+    """GPU memory that runs out where there is no smaller plan (an answer, the optimizer, the merge), as a MachineError."""
     try:
         yield
     except RuntimeError as error:

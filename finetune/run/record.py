@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationErro
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
 from finetune import files
+from finetune.data.formats import FORMATS
 from finetune.errors import Refusal
 from finetune.settings import Declaration, declarations
 
@@ -84,7 +85,9 @@ class Dataset(TypedDict):
 
     name: Text
     commit: Annotated[Commit | None, Field(description="Of the Hub's repository; null: local or bundled rows.")]
-    format: Annotated[Literal["columns", "messages"], Field(description="The form of the rows.")]
+    format: Annotated[
+        str, Field(pattern=f"^({'|'.join(FORMATS)})$", examples=["columns"], description="The form of the rows.")
+    ]
     seen: Positive
     dropped: Count
     trained: Positive

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]  # input_ids and labels, lists of ints
-HEAD_TOKENS = 32  # with which it is found out what a model does to its logits
+HEAD_TOKENS = 32  # of the pass that shows whether the head alone gives the logits
 
 
 class MicroBatches(Protocol):

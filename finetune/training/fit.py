@@ -89,7 +89,7 @@ def fit(
         metrics = json.loads((resume / "metrics.json").read_bytes())
         followed = json.loads((resume / "plan.json").read_bytes())
     recompute = functools.partial(engine.recompute, model)
-    model.train()  # every module: a fresh PeftModel says that it trains, and its base, just loaded, does not
+    model.train()  # a new PeftModel says that it is in training mode, but the base inside it is not
     order = order_of(settings, tokens)
     with (
         stop.on_signals(),

@@ -58,7 +58,7 @@ class Updates:
 
     def _smaller(self, again: str, message: str, longest: int) -> Plan:
         """The next smaller plan: weights in 4 bits alone, else half the micro-batch, else all layers recomputed."""
-        # What was forecast was forecast for other pieces.
+        # The forecasts were for the old pieces, so they are dropped.
         before = dataclasses.replace(self.plan, tokens=0, forecast_gib=None, forecast_step_s=None, cost=None)
         if before.dequantized:
             print(f"{again} with the weights in 4 bits alone", flush=True)

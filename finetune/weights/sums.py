@@ -117,7 +117,7 @@ class Sums:
 
 
 def finite(tensor: Tensor) -> bool:
-    """No value is infinite or not a number; the smallest and the largest are not a number where one is not."""
+    """Whether all values are finite. One NaN makes the minimum and the maximum NaN."""
     return not tensor.is_floating_point() or all(map(math.isfinite, tensor.aminmax()))
 
 

@@ -118,7 +118,11 @@ def test_a_first_row_that_is_no_object_is_a_malformed_row(tmp_path: Path, name: 
         with pytest.raises(SettingsError, match=rf"row 1.*: is {kind}, not an object[\s\S]*1 of 2 rows"):
             loaded(path)
         kept = loaded(path, DROP_BAD_ROWS=1)
-        assert kept.rows == [whole] and kept.dropped == 1 and kept.messages == ("messages" in whole)
+        assert (
+            kept.rows == [whole]
+            and kept.dropped == 1
+            and kept.format == ("messages" if "messages" in whole else "columns")
+        )
     with pytest.raises(SettingsError, match=rf"all 2 rows are malformed; .* row 1.*: is {kind}, not an object"):
         loaded(rows_file(tmp_path, [row, row], name), DROP_BAD_ROWS=1)
 
@@ -311,7 +315,7 @@ CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "
 
 def test_messages_go_through_the_chat_template(tmp_path: Path, words: Any) -> None:
     rows = loaded(rows_file(tmp_path, [{"messages": CHAT}]))
-    assert rows.messages
+    assert rows.format == "messages"
     if not words.chat_template:
         with pytest.raises(SettingsError, match="no chat template"):
             tokens(rows, words)

@@ -14,11 +14,12 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune.data.checks import bad_characters, bad_text
-from finetune.data.formats import BadRow, Span, Text, any_of, special_texts
+from finetune.data.formats.base import BadRow, Row, Span, Text, any_of, special_texts
 from finetune.errors import SettingsError, first_line
+from finetune.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,26 +44,49 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Messages:
-    """The format of rows with messages. date: what a template writes as today's; train_all: TRAIN_ON=all."""
+    """The format of rows with messages. day: what a template writes as today's; train_all: TRAIN_ON=all."""
 
+    NAME: ClassVar[str] = "messages"
     tokenizer: PreTrainedTokenizerBase
-    date: datetime.date
+    day: datetime.date
     train_all: bool
     special: re.Pattern[str]
     asks: str  # what the template adds to ask for an answer
     ends: bool  # whether the template ends an answer with a special token
 
     @classmethod
-    def of(
-        cls, name: str, model: str, tokenizer: PreTrainedTokenizerBase, date: datetime.date, train_all: bool
-    ) -> Messages:
-        """The format that the tokenizer's chat template makes. name, model: for messages. Raises SettingsError where it has none."""
+    def recognises(cls, row: Row, settings: Settings) -> bool:
+        """Rows with messages, unless they have all the columns that are asked for too."""
+        return "messages" in row and not set(row).issuperset(settings.completion_columns)
+
+    @classmethod
+    def needs(cls, settings: Settings) -> tuple[str, ...]:
+        """The list of messages."""
+        return ("messages",)
+
+    @classmethod
+    def reads(cls, settings: Settings) -> tuple[str, ...]:
+        """What may stand beside it, too."""
+        return ("messages", *NOT_YET)
+
+    @classmethod
+    def problem(cls, row: Row, settings: Settings) -> str | None:
+        """Each message has to have a role and text, and the last one is the assistant's."""
+        return _problem(row)
+
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        """Only the model's files tell whether there is a chat template."""
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> Messages:
+        """The format that the tokenizer's chat template makes. Raises SettingsError where it has none."""
         if not tokenizer.chat_template:
             raise SettingsError(
-                f"DATASET_NAME={name}: has messages, but {model} has no chat template; use its instruct version, or columns with "
-                "PROMPT_TEMPLATE"
+                f"DATASET_NAME={settings.dataset_name}: has messages, but {settings.model_name} has no chat template; use its "
+                "instruct version, or columns with PROMPT_TEMPLATE"
             )
-        bare = cls(tokenizer, date, train_all, any_of(special_texts(tokenizer)), "", False)
+        bare = cls(tokenizer, day, settings.train_on == "all", any_of(special_texts(tokenizer)), "", False)
         question, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
         try:
             plain, asking = bare.written([question]), bare.written([question], asking=True)
@@ -72,12 +96,17 @@ class Messages:
         asks = OPENED.sub("", asking.removeprefix(plain)) if asking.startswith(plain) else ""
         return dataclasses.replace(bare, asks=asks, ends=bool(bare.special.match(tail.lstrip())))
 
+    @property
+    def writes_day(self) -> bool:
+        """Whether the chat template asks what day it is, as Llama 3.1's does."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
     def written(self, turns: list[Turn], asking: bool = False) -> str:
         """The conversation as the chat template writes it. Raises BadRow where the template refuses it."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    copy.deepcopy(turns), tokenize=False, add_generation_prompt=asking, strftime_now=self.date.strftime
+                    copy.deepcopy(turns), tokenize=False, add_generation_prompt=asking, strftime_now=self.day.strftime
                 )
             )
         except Exception as error:  # templates raise what they like
@@ -90,11 +119,11 @@ class Messages:
         except BadRow as refused:
             raise SettingsError(f"the question {refused}; with MAX_NEW_TOKENS=0 a run asks nothing") from None
 
-    def text(self, row: dict[str, Any]) -> Text:
+    def text(self, row: Row) -> Text:
         """The conversation in the chat format; the answers are the assistant's turns, each with its end."""
         if unread := [name for name in NOT_YET if row.get(name)]:
             raise BadRow(
-                f"has {' and '.join(unread)} beside messages, which would not be trained; write it into the messages"
+                f"has {' and '.join(unread)} beside messages. This program does not train it: put its text into the messages"
             )
         turns, marked = self._unmarked(row["messages"])
         weights = [turn.get("weight") for turn in turns]
@@ -223,7 +252,7 @@ class Messages:
         return start, ending.end() if ending else end
 
 
-def problem(row: dict[str, Any]) -> str | None:
+def _problem(row: Row) -> str | None:
     """Why there is no conversation in a row as it was read; None: there is."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not turns:

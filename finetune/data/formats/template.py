@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from finetune.data import checks
-from finetune.data.formats import BadRow, Span, Text, any_of, special_texts
+from finetune.data.formats.base import BadRow, Row, Span, Text, any_of, special_texts
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
@@ -61,6 +62,7 @@ class Template:
 class Columns:
     """The format of rows with columns. special: finds special tokens' texts. bos, eos: the tokenizer's; "" where it has none."""
 
+    NAME: ClassVar[str] = "columns"
     template: Template
     columns: tuple[str, ...]
     special: re.Pattern[str]
@@ -68,14 +70,49 @@ class Columns:
     eos: str
 
     @classmethod
-    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Columns:
+    def recognises(cls, row: Row, settings: Settings) -> bool:
+        """Any row: what is wrong with it is said then."""
+        return True
+
+    @classmethod
+    def needs(cls, settings: Settings) -> tuple[str, ...]:
+        """PROMPT_COLUMNS and COMPLETION_COLUMNS."""
+        return settings.prompt_columns + settings.completion_columns
+
+    @classmethod
+    def reads(cls, settings: Settings) -> tuple[str, ...]:
+        """No others."""
+        return cls.needs(settings)
+
+    @classmethod
+    def problem(cls, row: Row, settings: Settings) -> str | None:
+        """Each column has to hold text."""
+        for column in cls.needs(settings):
+            if column not in row:
+                return f"has no column {column}; its columns are {', '.join(map(str, row)) or 'none'}"
+            if wrong := checks.bad_text(row[column]):
+                return f"column {column} {wrong}"
+        return None
+
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        """The template has to have a place for each column."""
+        template(settings)
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> Columns:
         """The format that settings and tokenizer make."""
         return cls(
-            template(settings), settings.prompt_columns + settings.completion_columns, any_of(special_texts(tokenizer)),
-            str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""),
+            template(settings), cls.needs(settings), any_of(special_texts(tokenizer)), str(tokenizer.bos_token or ""),
+            str(tokenizer.eos_token or ""),
         )  # fmt: skip
 
-    def text(self, row: dict[str, Any]) -> Text:
+    @property
+    def writes_day(self) -> bool:
+        """Never."""
+        return False
+
+    def text(self, row: Row) -> Text:
         """The filled template; the answer is what follows the prompt columns."""
         given: list[str] = [row[column] for column in self.columns]
         values = [self._without_bos(given[0]), *given[1:]]
@@ -105,16 +142,6 @@ class Columns:
         html = bool(self.bos) and self.bos in value
         ended = bool(self.eos) and value.rstrip().endswith(self.eos)
         return value.rstrip().removesuffix(self.eos) if ended and not html else value
-
-
-def problem(row: dict[str, Any], columns: tuple[str, ...]) -> str | None:
-    """Why there is no training text in a row as it was read; None: there is. columns: those that have to hold text."""
-    for column in columns:
-        if column not in row:
-            return f"has no column {column}; its columns are {', '.join(map(str, row)) or 'none'}"
-        if wrong := checks.bad_text(row[column]):
-            return f"column {column} {wrong}"
-    return None
 
 
 def template(settings: Settings) -> Template:

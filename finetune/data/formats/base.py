@@ -1,0 +1,95 @@
+"""What every format of rows is, and what formats share."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from finetune.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+Span = tuple[int, int]  # from a character to the one behind the last
+
+
+class BadRow(Exception):
+    """There is no training text in a row. Says why, in words that follow the row's place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A row's training text, without the EOS at its end.
+
+    answers: the spans that the model shall learn to write. literal: spans of special tokens' text that the row itself holds, and
+    that are tokenized as ordinary text. marked: whether the row's own BOS or EOS was taken out at its ends.
+    """
+
+    text: str
+    answers: list[Span]
+    literal: list[Span] = dataclasses.field(default_factory=list)
+    marked: bool = False
+
+
+class Format(Protocol):
+    """One form of rows: what is wrong with a row, its training text, which part of it is the answer, and how a question is asked."""
+
+    NAME: ClassVar[str]  # in run.json
+
+    @classmethod
+    def recognises(cls, row: Row, settings: Settings) -> bool:
+        """Whether rows such as the first one are of this form."""
+        ...
+
+    @classmethod
+    def needs(cls, settings: Settings) -> tuple[str, ...]:
+        """Columns that each row has to have."""
+        ...
+
+    @classmethod
+    def reads(cls, settings: Settings) -> tuple[str, ...]:
+        """Columns that are looked at where they are there."""
+        ...
+
+    @classmethod
+    def problem(cls, row: Row, settings: Settings) -> str | None:
+        """Why there is no training text in a row as it was read, in words that follow its place; None: there is."""
+        ...
+
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        """Raise SettingsError for settings that cannot be right, before a model is downloaded."""
+        ...
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> Format:
+        """The format for a tokenizer. day: what is written where today's date is. Raises SettingsError where it cannot be had."""
+        ...
+
+    @property
+    def writes_day(self) -> bool:
+        """Whether a training text holds today's date."""
+        ...
+
+    def text(self, row: Row) -> Text:
+        """The row's training text. Raises BadRow."""
+        ...
+
+    def prompt(self, question: str) -> str:
+        """What the model is given to answer a question."""
+        ...
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of the tokenizer's special tokens, the longest first."""
+    named = [str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({text for text in named + added if text.strip()}, key=lambda text: (-len(text), text))
+
+
+def any_of(texts: list[str]) -> re.Pattern[str]:
+    """A pattern that finds each of the texts; of two at one place the first in the list. Nothing where there are none."""
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
