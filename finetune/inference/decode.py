@@ -137,12 +137,9 @@ class Decoder:
         hidden = functional.embedding(ids, self.embedding)
         if self.factor is not None:
             hidden = hidden * torch.tensor(self.factor, dtype=hidden.dtype, device=hidden.device)
-        cos, sin = state.cos[:, at], state.sin[:, at]  # (rows, new, 1, head)
-        places = state.places if len(at) == 1 else state.places[: len(at)]  # a prompt sees no further than itself
-        hides = (places[None, None] > at[None, :, None]) | (places[None, None] < state.pads[:, None, None])
+        now = state.now(at)
         for layer, keys, values in zip(self.layers, state.keys, state.values, strict=True):
-            mixed = self._attention(layer, layer.norm(hidden), keys, values, cos, sin, at, hides)
-            hidden = hidden + layer.out(mixed)
+            hidden = hidden + layer.out(self._attention(layer, layer.norm(hidden), keys, values, now))
             gate, up = layer.gate_up(layer.norm_mlp(hidden)).chunk(2, -1)
             hidden = hidden + layer.down(self._act(gate) * up)
         return self.base.lm_head(self.norm(hidden[:, -1])).argmax(-1)
@@ -151,30 +148,40 @@ class Decoder:
         act: Tensor = self.decoder.layers[0].mlp.act_fn(gate)
         return act
 
-    def _attention(
-        self, layer: Layer, x: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, at: Tensor, hides: Tensor
-    ) -> Tensor:  # fmt: skip
-        """x: (rows, new, width). keys, values: (rows, kv heads, length, head), written at `at`. hides: (rows, new, keys)."""
+    def _attention(self, layer: Layer, x: Tensor, keys: Tensor, values: Tensor, now: _Now) -> Tensor:
+        """x: (rows, new, width). keys, values: (rows, kv heads, length, head), written at the places of the new tokens."""
         rows, new, _ = x.shape
         both = layer.qkv(x).view(rows, new, -1, self.head)
-        q, k, v = both.split([self.heads, self.kv_heads, self.kv_heads], 2)
+        turned, v = both.split([self.heads + self.kv_heads, self.kv_heads], 2)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        turned = _rotated(torch.cat([q, k], 2), cos, sin)
+            q, k = turned.split([self.heads, self.kv_heads], 2)
+            turned = torch.cat([layer.q_norm(q), layer.k_norm(k)], 2)
+        # the halves of a head change places, and the sine has the sign of where they come from
+        turned = torch.addcmul(turned * now.cos, turned.roll(self.head // 2, -1), now.sin)
         q, k = turned.split([self.heads, self.kv_heads], 2)
-        keys.index_copy_(2, at, k.transpose(1, 2))
-        values.index_copy_(2, at, v.transpose(1, 2))
-        seen = hides.shape[-1]
-        groups = self.heads // self.kv_heads
+        keys.index_copy_(2, now.at, k.transpose(1, 2))
+        values.index_copy_(2, now.at, v.transpose(1, 2))
+        seen, groups = now.bias.shape[-1], self.heads // self.kv_heads
         # the heads that share keys, and the new tokens, side by side: one product for both
-        asked = q.reshape(rows, new, self.kv_heads, groups, self.head).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        scores = asked @ keys[:, :, :seen].transpose(2, 3) * self.scale
-        scores = scores.view(rows, self.kv_heads, groups, new, seen).masked_fill(hides[:, None, None], float("-inf"))
-        shares = (
-            functional.softmax(scores, -1, dtype=torch.float32).to(values.dtype).nan_to_num()
-        )  # of a place that only fills up
-        mixed = shares.flatten(2, 3) @ values[:, :, :seen]
+        asked = q.reshape(rows, new, self.kv_heads, groups, self.head).permute(0, 2, 3, 1, 4)
+        bias = now.bias[:, None, None].expand(rows, self.kv_heads, groups, new, seen)
+        scores = torch.baddbmm(
+            bias.reshape(rows * self.kv_heads, groups * new, seen), asked.reshape(rows * self.kv_heads, -1, self.head),
+            keys[:, :, :seen].flatten(0, 1).transpose(1, 2), alpha=self.scale,
+        )  # fmt: skip
+        shares = functional.softmax(scores, -1)  # which computes in float32
+        mixed = torch.bmm(shares, values[:, :, :seen].flatten(0, 1))
         return mixed.view(rows, self.kv_heads, groups, new, self.head).permute(0, 3, 1, 2, 4).flatten(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Now:
+    """For new tokens: their places `at` (new,), their angles (rows, new, 1, head), and what is added to scores (rows, new, seen)."""
+
+    at: Tensor
+    cos: Tensor
+    sin: Tensor
+    bias: Tensor
 
 
 class _State:
@@ -188,13 +195,16 @@ class _State:
         self.pads, self.places = pads, torch.arange(length, device=decoder.device)
         positions = (self.places[None] - pads[:, None]).clamp(min=0)
         cos, sin = decoder.decoder.rotary_emb(torch.empty(0, **make), positions)
-        self.cos, self.sin = cos[:, :, None], sin[:, :, None]
+        first, second = sin.chunk(2, -1)
+        self.cos, self.sin = cos[:, :, None], torch.cat([-first, second], -1)[:, :, None]
 
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (rows, new, heads, head)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    def now(self, at: Tensor) -> _Now:
+        """What new tokens need at the places `at`. Of several, as of a prompt, none sees beyond the last."""
+        places = self.places if len(at) == 1 else self.places[: len(at)]
+        hidden = (places[None, None] > at[None, :, None]) | (places[None, None] < self.pads[:, None, None])
+        # not -inf: a place that only fills up sees nothing, and would make of nothing a number that is none
+        bias = torch.zeros(hidden.shape, dtype=self.cos.dtype, device=at.device)
+        return _Now(at, self.cos[:, at], self.sin[:, at], bias.masked_fill(hidden, torch.finfo(bias.dtype).min / 2))
 
 
 def _folded(modules: list[Any], dtype: torch.dtype) -> Product:
