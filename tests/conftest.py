@@ -70,7 +70,7 @@ def environment(**values: Any) -> dict[str, str]:
     """An environment without the user's own settings, offline and without a GPU."""
     kept = {
         k: os.environ[k]
-        for k in ("PATH", "HOME", "XDG_CACHE_HOME", "LANG", "TMPDIR", "OMP_WAIT_POLICY")
+        for k in ("PATH", "PYTHONPATH", "HOME", "XDG_CACHE_HOME", "LANG", "TMPDIR", "OMP_WAIT_POLICY")
         if k in os.environ
     }
     return {**kept, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **{k: str(v) for k, v in values.items()}}
