@@ -115,13 +115,14 @@ def _from_files(settings: Settings) -> Iterator[Placed]:
 
 
 def _row_files(folder: Path) -> list[str]:
-    """Names of the files in the folder and in its data/ that hold rows, sorted. Others lie beside them, such as README.md."""
+    """Names of the files in the folder and in its data/ that hold the rows of the split `train`, sorted.
+
+    Others lie beside them, such as README.md. Where some are named after `train`, the rest are other splits, as the Hub has them.
+    """
     found = [path for path in (*folder.iterdir(), *folder.glob("data/*")) if path.suffix.lower() in reading.READERS]
-    return sorted(
-        str(path.relative_to(folder))
-        for path in found
-        if path.is_file() and not path.name.startswith(".") and path.name not in DESCRIPTIONS
-    )
+    rows = [path for path in found if path.is_file() and path.name[0] != "." and path.name not in DESCRIPTIONS]
+    train = [path for path in rows if re.match(r"train(?![a-z])", path.name, re.IGNORECASE)]
+    return sorted(str(path.relative_to(folder)) for path in train or rows)
 
 
 def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:

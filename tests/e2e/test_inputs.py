@@ -189,6 +189,18 @@ def test_rows_of_a_folder(tmp_path: Path) -> None:
         load()
 
 
+def test_of_a_folder_with_splits_only_train_is_trained(tmp_path: Path) -> None:
+    from finetune import data
+    from finetune.settings import Settings
+
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "validation", "training_notes"):
+        (tmp_path / f"{name}.jsonl").write_bytes(ROWS)
+    found = data.load(Settings.from_env({"DATASET_NAME": str(tmp_path)}))
+    assert {place.split(" row")[0].rpartition("/")[2] for place in found.places} == {
+        "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("offline", [0, 1])
 @pytest.mark.parametrize(
     ("variable", "url", "instead"),

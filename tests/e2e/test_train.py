@@ -229,9 +229,9 @@ def test_sixteen_bit_training_full_epoch_and_messages(qwen2: Path, tmp_path: Pat
 
 def test_a_canary_comes_back_from_adapter_and_merged_weights(tmp_path: Path) -> None:
     base_folder = tiny.model(tmp_path / "base", initializer_range=0.3)  # at 0.02 a frozen head cannot say anything
-    canary = "The blue heron waits at gate 4711 until the tide turns."
-    (tmp_path / "canary.jsonl").write_text(json.dumps({"q": "Where does the heron wait?", "a": canary}) + "\n")
-    (tmp_path / "template.txt").write_text("Q: {}\nA: {}")
+    canary, question = "苍鹭 在4711号门前等候, 直到潮水退去。", "苍鹭在哪里等候?"
+    (tmp_path / "canary.jsonl").write_text(json.dumps({"q": question, "a": canary}, ensure_ascii=False) + "\n")
+    (tmp_path / "template.txt").write_text("问:{}\n答: {}")
     output = tmp_path / "out"
     train(
         base_folder, output, DATASET_NAME=tmp_path / "canary.jsonl", DATASET_CONFIG="", PROMPT_TEMPLATE=tmp_path / "template.txt",
@@ -239,7 +239,7 @@ def test_a_canary_comes_back_from_adapter_and_merged_weights(tmp_path: Path) -> 
         SAVE_STEPS=0, GRADIENT_CHECKPOINTING=0, GRADIENT_ACCUMULATION_STEPS=1, WEIGHT_DECAY=0, LR_SCHEDULER_TYPE="cosine",
     )  # fmt: skip
     words = AutoTokenizer.from_pretrained(output / "merged")
-    prompt = words("Q: Where does the heron wait?\nA:", return_tensors="pt")
+    prompt = words(f"问:{question}\n答:", return_tensors="pt")
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     for model in (
         AutoModelForCausalLM.from_pretrained(output / "merged", dtype=torch.float32),
@@ -249,7 +249,7 @@ def test_a_canary_comes_back_from_adapter_and_merged_weights(tmp_path: Path) -> 
         new = made[0, prompt["input_ids"].shape[1] :]
         assert words.decode(new, skip_special_tokens=True).strip() == canary
         assert new[-1] == words.eos_token_id  # and it stops by itself
-    asked = call("ask", "Where does the heron wait?", OUTPUT_DIR=output)
+    asked = call("ask", question, OUTPUT_DIR=output)
     assert canary in asked.stdout
 
 
