@@ -1,7 +1,8 @@
 """Arithmetic: how the rows of one update are cut into pieces that fit the memory. Standard library only.
 
 The recipe fixes how many rows make an update. The number of forward passes for them changes only rounding, time and
-memory. `choose` takes the fewest pieces that fit, and then recomputes the activations of as few layers as possible. A piece's memory is worked out from what a token costs, which `finetune.training.probe` measures on the model itself.
+memory. `choose` takes the fewest pieces that fit, and then recomputes the activations of as few layers as possible. A
+piece's memory is worked out from what a token costs, which `finetune.training.probe` measures on the model itself.
 """
 
 from __future__ import annotations

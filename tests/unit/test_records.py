@@ -349,5 +349,5 @@ def test_a_reproduction_does_not_replace_its_own_base(tmp_path: Path) -> None:
     (tmp_path / "record").mkdir()
     path = written(tmp_path / "record", record())
     answer = call("reproduce", str(path), f"OUTPUT_DIR={output}", f"MODEL_NAME={output}/merged", "DATASET_NAME=samples", "OVERWRITE=1")  # fmt: skip
-    assert answer.returncode == 2 and "lies in what a run in OUTPUT_DIR" in answer.stderr, answer.stderr
+    assert answer.returncode == 2 and "is inside a folder that a run in OUTPUT_DIR" in answer.stderr, answer.stderr
     assert (output / "merged" / "config.json").is_file() and not (output / "run.json").exists()
