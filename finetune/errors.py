@@ -87,4 +87,4 @@ class OutputError(Refusal):
 
 
 class MergeError(Refusal):
-    """The written weights are not base + adapter. A bug, or a disk that returns other bytes than were written: nothing is kept under the final name."""
+    """The written weights are not base + adapter. A bug, or a faulty disk: nothing is kept under the final name."""

@@ -78,7 +78,7 @@ def test_a_record_under_another_name_has_a_folder_of_its_own(tmp_path: Path) -> 
 @pytest.mark.parametrize("given", ["{}", "{}/../{}", "{}/sub", "{}/adapter/../new/sub"])
 def test_the_folder_of_the_record_is_never_written_to(tmp_path: Path, given: str) -> None:
     path = written(tmp_path, record())
-    with pytest.raises(SettingsError, match="folder of the recorded run"):
+    with pytest.raises(SettingsError, match="the recorded run's folder"):
         restore.restore(path, {}, {"OUTPUT_DIR": given.format(tmp_path, tmp_path.name), "OVERWRITE": "1"})
     beside = restore.restore(path, {}, {"OUTPUT_DIR": f"{tmp_path}-2"})[1]["OUTPUT_DIR"]
     assert beside == f"{tmp_path}-2"
@@ -93,7 +93,7 @@ def test_the_folder_of_the_record_is_known_however_it_is_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     path = written(tmp_path / "outputs", record())
-    with pytest.raises(SettingsError, match="folder of the recorded run"):
+    with pytest.raises(SettingsError, match="the recorded run's folder"):
         restore.restore(path, {}, {"OUTPUT_DIR": given.format(path.parent)})
 
 
