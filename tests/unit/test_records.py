@@ -117,7 +117,7 @@ def test_nothing_is_pushed(tmp_path: Path) -> None:
         ("[" * 100_000, ["cannot be read as JSON"]),
         ({"schema_version": 4}, ["schema_version 4, and this program reads 3"]),
         ({"schema_version": "\ud800"}, ['schema_version "\\ud800"']),
-        ({**record(), "files": {"run.md": {"sha256": SHA, "bytes": 1}}}, ["holds no weights"]),
+        ({**record(), "files": {"run.md": {"sha256": SHA, "bytes": 1}}}, ["the record lists no weights"]),
         (
             {**record(), "model": {"commit": 1}, "training": []},
             ["model.commit is 1; it takes a text", "model.files is missing", "training is a list; it takes an object"],
