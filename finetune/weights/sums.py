@@ -26,7 +26,7 @@ WORKERS = min(4, os.cpu_count() or 1)
 class Counts:
     """What the merged tensors are.
 
-    changed: targets whose weights moved; rounded_away: targets that 16 bits left as the base's. unreached: targets for
+    changed: targets whose weights moved; rounded_away: targets whose change was too small for 16 bits. unreached: targets for
     which nothing was learned, such as layers without a gradient; unreached_first: one of them. kept: tensors without a
     target, equal to the base's bit for bit; rounded: to the base's, rounded to bfloat16.
     """
