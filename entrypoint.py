@@ -51,7 +51,7 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
 
 def settle(call: table.Call, environ: Mapping[str, str]) -> Settings:
     """The settings of a call. The libraries are told of theirs in the process's environment."""
-    layered, line = environment.layers(environment.dotenv(Path(".env")), environ), call.line
+    layered, line = environment.layered(environment.dotenv(Path(".env")), environ), call.line
     if call.verb.source == "record":
         from finetune.run import restore  # imports pydantic: not for `--help`
 

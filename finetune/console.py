@@ -1,4 +1,4 @@
-"""What a run says: one line a phase, progress while it trains, and a heartbeat that a health check can read."""
+"""What a run says: one line for each phase, progress while it trains, and a heartbeat that a health check can read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def hush() -> None:
 
 
 def quiet() -> None:
-    """The same again once they are imported, since they may set levels of their own then; and no bars while a model loads."""
+    """`hush` again after the imports, which may set levels of their own; and no progress bars while a model loads."""
     import datasets
     import transformers
 

@@ -40,7 +40,7 @@ NUMERIC = (
     "UNSLOTH_COMPILE_DISABLE",
     "UNSLOTH_FORCE_FLOAT32",
 )
-# The place of each below XDG_CACHE_HOME, where it is not set itself. The first two serve programs without a variable here.
+# The place of each below XDG_CACHE_HOME if the user did not set it. The first two are for programs that have no variable here.
 CACHES = {
     "HOME": "",
     "XDG_CACHE_HOME": "",
@@ -67,7 +67,7 @@ def dotenv(path: Path) -> dict[str, str]:
         raise SettingsError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
-    # python-dotenv would leave a line that it cannot parse out, and the run would take the default
+    # python-dotenv would skip a line that it cannot parse, and the run would take the default
     if odd := [str(binding.original.line) for binding in bindings if binding.error or "\0" in binding.original.string]:
         raise SettingsError(
             f"{path}: not understood in line {', '.join(odd)}; each line is NAME=value, for example MAX_STEPS=60"
@@ -75,8 +75,8 @@ def dotenv(path: Path) -> dict[str, str]:
     return {binding.key: binding.value for binding in bindings if binding.key and binding.value}
 
 
-def layers(file: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` over the .env file; an empty variable is an unset one, but for the one that so hides every GPU."""
+def layered(file: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` wins over .env. An empty variable counts as unset, except CUDA_VISIBLE_DEVICES, where empty hides every GPU."""
     return {**file, **{name: value for name, value in environ.items() if value or name == "CUDA_VISIBLE_DEVICES"}}
 
 
@@ -91,7 +91,7 @@ def variables(settings: Settings, layered: Mapping[str, str]) -> dict[str, str]:
     elif settings.report_to == "wandb":
         defaults["WANDB_MODE"] = "offline"  # without a key it would ask for one and wait (textgen #2517)
     if "HF_ENDPOINT" in layered:
-        defaults["HF_HUB_DISABLE_XET"] = "1"  # xet goes round the endpoint (huggingface_hub #4475)
+        defaults["HF_HUB_DISABLE_XET"] = "1"  # xet does not use the endpoint (huggingface_hub #4475)
     visible = layered.get("CUDA_VISIBLE_DEVICES", "0")
     wanted["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # two visible GPUs become DataParallel (unsloth #2435)
     return {**defaults, **wanted, **_caches(layered)}
@@ -108,7 +108,7 @@ def _caches(layered: Mapping[str, str]) -> dict[str, str]:
     if lost:
         temporary = _temporary()
         print(
-            f"caches: {', '.join(lost)} cannot be written and go to {temporary}, which may not outlast this run",
+            f"caches: {', '.join(lost)} cannot be written and go to {temporary}, which may be deleted after this run",
             flush=True,
         )
         named |= {name: f"{temporary}/{CACHES[name]}" for name in lost}
@@ -121,7 +121,7 @@ def _caches(layered: Mapping[str, str]) -> dict[str, str]:
 
 
 def _temporary() -> Path:
-    """A folder of this user's own: compiled code is loaded from it, so one that someone else has put there is passed over."""
+    """A folder that this user owns. A folder made by someone else is not used, because compiled code is loaded from it."""
     place = Path(files.temporary()) / f"finetune-cache-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         place.mkdir(mode=0o700)
@@ -131,6 +131,6 @@ def _temporary() -> Path:
 
 
 def _writable(place: Path) -> bool:
-    """Whether the folder is there, or could be made, and files in it."""
+    """Whether the folder is there or could be made, and files could be made in it."""
     existing = files.existing(place)
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

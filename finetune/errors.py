@@ -33,8 +33,8 @@ def of_machine(error: OSError) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, short enough to stand within a sentence of ours, and without the secrets of its URLs."""
-    if "trust_remote_code" in str(error):  # it advises to set it, which nobody can or should here
+    """What a library's error says, short enough for a sentence of ours, and without the secrets in its URLs."""
+    if "trust_remote_code" in str(error):  # the library advises to set it, but here nobody can or should
         return "it needs code of its own, which this program never runs; take a model that transformers knows"
     return without_password((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
@@ -81,10 +81,10 @@ class HubError(Refusal):
 
 
 class OutputError(Refusal):
-    """The output folder does not hold what a run wrote there: files are damaged, missing, or of something else."""
+    """The output folder does not hold what a run wrote there: files are damaged, missing, or not from a run."""
 
     code = 5
 
 
 class MergeError(Refusal):
-    """The written weights are not base + adapter. A bug, or a disk that lies: nothing is kept under the final name."""
+    """The written weights are not base + adapter. A bug, or a faulty disk: nothing is kept under the final name."""

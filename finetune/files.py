@@ -26,7 +26,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
-    """As `write_text`, for bytes. mode: of the file, from before the first byte is in it."""
+    """As `write_text`, for bytes. mode: of the file, set before the first byte is written."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as stream:
         if mode is not None:
@@ -39,9 +39,9 @@ def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
 
 @contextlib.contextmanager
 def told(folder: Path) -> Iterator[None]:
-    """What libraries write below `folder`: a full disk is told as the system does, whatever they make of it.
+    """While libraries write below `folder`, raise the system's own error for a full disk.
 
-    safetensors puts the system's error into its text, and torch.save tells of it as of a bug of its own.
+    safetensors only puts that error into its text, and torch.save reports it like a bug of its own.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def temporary() -> str:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the first above it that exists. (`Path.exists` raises where it may not look.)"""
+    """The folder, or the first above it that exists. (`Path.exists` raises without the permission to look.)"""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
 
 
@@ -78,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def open_as_its_neighbours(adapter: Path) -> None:
-    """Give an adapter's weights the mode of its other files: safetensors writes them for their owner alone."""
+    """Give an adapter's weights the mode of its other files: safetensors lets only the owner read them."""
     shutil.copymode(adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
 
 
@@ -92,7 +92,7 @@ def copy(source: Path, target: Path, names: Collection[str], instead: Mapping[st
 
 
 def remove(path: Path, *, ignore_errors: bool = False) -> None:
-    """Take a file or a folder away, if it is there; of a link the link alone, wherever it leads."""
+    """Remove a file or a folder if it is there. Of a link, remove only the link."""
     with contextlib.suppress(*(OSError,) if ignore_errors else ()):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors)
@@ -101,7 +101,7 @@ def remove(path: Path, *, ignore_errors: bool = False) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name; a folder that had it goes away only then."""
+    """Give a finished folder its final name. Only then remove the folder that had that name."""
     old = final.with_name(f"{final.name}.old")
     remove(old)
     if os.path.lexists(final):
@@ -133,7 +133,7 @@ def below(folder: Path) -> list[str]:
 
 
 def digests(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
-    """sha256 of the files `names`, else of every file below `folder`. hashlib lets go of the GIL, so threads help."""
+    """sha256 of the files `names`, else of every file below `folder`. hashlib releases the GIL, so threads help."""
     names = below(folder) if names is None else sorted(names)
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))

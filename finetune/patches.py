@@ -55,7 +55,7 @@ def keep_4bit_layout(layer: Any) -> None:
 
 @contextlib.contextmanager
 def adapter_keeps_its_type(model: Any) -> Iterator[None]:
-    """What trains in `model` has its values and types again afterwards. Make trl's trainer inside.
+    """Afterwards the trained weights of `model` have their old values and types again. Make trl's trainer inside.
 
     Why: trl rounds the adapter of a quantised model to bfloat16 when the trainer is made. There, updates of 2e-4 are lost.
     Upstream: trl does it until PEFT has an option for it (peft #2889). Goes when trl leaves the adapter's type to that option.

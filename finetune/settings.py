@@ -2,7 +2,7 @@
 
 `MAX_STEPS=60` in the environment becomes `settings.max_steps`, and `Settings.from_env` is the only way from one to the
 other. The reference (`env`), env.example and the README's table are generated from the declarations below.
-Standard library only: `--help` and a refused value must answer before torch could even be imported.
+Standard library only: `--help` and a refused value must answer at once, without the import of torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def setting(
     """Declare one setting.
 
     low, high: allowed range, both ends included; `also` are allowed values outside it.
-    unless: (other, value): where the user changes `other` and leaves this one, the default is `value`.
+    unless: (other, value): if the user changes `other` but not this one, the default is `value`.
     free: changing it leaves the trained weights as they are, so a run may be resumed with another value.
     """
     return dataclasses.field(
@@ -99,7 +99,7 @@ class Settings:
         ("Question",), "Columns that fill the first {} of the template: what the model is asked."
     )
     completion_columns: tuple[str, ...] = setting(
-        ("Complex_CoT", "Response"), "Columns that fill the other {}: what it shall answer."
+        ("Complex_CoT", "Response"), "Columns that fill the other {}: what it should answer."
     )
     prompt_template: str | None = setting(
         None,
@@ -108,7 +108,7 @@ class Settings:
         example="template.txt",
     )
     train_on: Literal["all", "response"] = setting(
-        "all", "Loss on the whole text, as the tutorial, or on the response alone."
+        "all", "Loss on the whole text, as in the tutorial, or only on the response."
     )
     drop_bad_rows: bool = setting(False, "Leave out malformed rows and count them, instead of stopping at them.")
     dataset_num_proc: int = setting(2, "Processes that tokenize (about 0.7 GB each).", low=1, high=64, free=True)
@@ -120,36 +120,40 @@ class Settings:
     lora_bias: Literal["none", "all", "lora_only"] = setting("none", "Which biases are trained.")
     target_modules: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "Linear layers that get an adapter; all-linear takes every one but the head.",
+        "Linear layers that get an adapter; all-linear takes every one but the head. In models with vision or sound "
+        "only the text decoder is adapted.",
     )
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead.")
     gradient_checkpointing: Literal["auto", "unsloth", "true", "false"] = setting(
         "auto",
-        "Recompute activations to save memory. auto: as many layers as the GPU's memory asks for, and all of them "
-        "on a CPU; unsloth: all, with that engine's offloading.",
+        "Recompute activations to save memory. auto: as many layers as the GPU's memory makes necessary, and all of "
+        "them on a CPU; unsloth: all, with that engine's offloading.",
     )
 
     # Training
     per_device_train_batch_size: int | Literal["auto"] = setting(
         "auto",
-        "Rows in one forward pass. auto with the next one on auto too: an update has 8 rows, in the fewest passes "
-        "that fit the GPU's memory, and 2 in a pass on a CPU. auto with a number in the next one: 2.",
+        "Rows in one forward pass. auto for this and GRADIENT_ACCUMULATION_STEPS: 8 rows an update, in as few passes "
+        "as fit the GPU's memory; on a CPU 2 rows a pass. If only this one is auto: 2.",
         low=1,
         high=100_000,
     )
     gradient_accumulation_steps: int | Literal["auto"] = setting(
         "auto",
-        "Forward passes in one update. auto: what the setting above says, and 4 where that one is a number.",
+        "Forward passes in one update. auto: planned if PER_DEVICE_TRAIN_BATCH_SIZE is auto too, otherwise 4.",
         low=1,
         high=100_000,
     )
     max_memory: float | None = setting(
-        None, "GiB of GPU memory to plan with and to keep within; unset: all that is free.", low=1, example="12"
+        None,
+        "GiB of GPU memory that training plans with and does not exceed; unset: all that is free.",
+        low=1,
+        example="12",
     )
     warmup_steps: int = setting(5, "Updates until the learning rate is reached.", low=0)
     max_steps: int = setting(
         60,
-        "Updates to make; -1: NUM_TRAIN_EPOCHS decides. Wins over it where both are set.",
+        "Number of updates; -1: NUM_TRAIN_EPOCHS decides. If both are set, this one wins.",
         low=1,
         also=(-1,),
         unless=("num_train_epochs", -1),
@@ -161,7 +165,7 @@ class Settings:
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         setting(
             "linear",
-            "Course of the learning rate.",
+            "How the learning rate changes during the run.",
         )
     )
     optim: Literal[
@@ -201,7 +205,7 @@ class Settings:
         "Question answered before and after training.",
         free=True,
     )
-    max_new_tokens: int = setting(1200, "Length limit of an answer; 0 asks nothing.", low=0, free=True)
+    max_new_tokens: int = setting(1200, "Most tokens of an answer; 0: no question is asked.", low=0, free=True)
 
     # Output
     output_dir: str = setting("outputs", "Folder that receives everything.", free=True)
@@ -213,7 +217,7 @@ class Settings:
     )
     save_adapter: bool = setting(True, "Keep the adapter.", free=True)
     save_merged: bool = setting(True, "Write the merged 16-bit weights.", free=True)
-    overwrite: bool = setting(False, "Start afresh where OUTPUT_DIR holds another run.", free=True)
+    overwrite: bool = setting(False, "Start again from the beginning and replace the run in OUTPUT_DIR.", free=True)
     tolerance: float | None = setting(
         None,
         "For `reproduce`: relative difference of the losses that is accepted where the bytes differ, as between "
@@ -234,7 +238,7 @@ class Settings:
     )
     hub_merged_model_id: str | None = setting(
         None,
-        "Repository of the merged weights, if they too shall be published.",
+        "Repository of the merged weights. Set it to publish them too.",
         example="you/DeepSeek-R1-Medical-COT-merged",
         free=True,
     )
@@ -378,7 +382,7 @@ class Declaration:
         raw = _unquote(environ.get(self.name, ""))
         if any("\ud800" <= letter <= "\udfff" for letter in raw):  # how Python keeps bytes that are no UTF-8
             shown = "" if self.secret else f"={ascii(raw)[1:-1]}"
-            raise ValueError(f"{self.name}{shown}: not UTF-8; set it where UTF-8 is written")
+            raise ValueError(f"{self.name}{shown}: not UTF-8; write it in UTF-8")
         if not self.secret:
             return self.parse(raw) if raw else None
         if self.name in command_line:
@@ -460,7 +464,7 @@ def declarations() -> tuple[Declaration, ...]:
 _DECLARATIONS: tuple[Declaration, ...] = ()
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _FLOAT = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
-# Names in use elsewhere for what is set here; the libraries' own variables start with these prefixes and are theirs.
+# Names that other programs use for these settings. Variables that start with _LIBRARIES belong to the libraries.
 _SYNONYMS = {
     "MODEL": "MODEL_NAME",
     "MODEL_ID": "MODEL_NAME",
@@ -521,7 +525,7 @@ def _one_slip(a: str, b: str) -> bool:
 def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
     """Sentences on values that do not go together, before anything is downloaded."""
     if s.max_steps == -1 and s.num_train_epochs is None:
-        yield "MAX_STEPS=-1: needs the passes over the rows, for example NUM_TRAIN_EPOCHS=1"
+        yield "MAX_STEPS=-1: needs the number of passes over the rows, for example NUM_TRAIN_EPOCHS=1"
     if s.lr_scheduler_type == "polynomial" and s.learning_rate <= 1e-7:
         yield (
             f"LEARNING_RATE={s.learning_rate:g} with LR_SCHEDULER_TYPE=polynomial, which ends at 1e-7: for example "
@@ -529,7 +533,7 @@ def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
         )
     if s.engine == "unsloth" and s.full_determinism is True:
         yield (
-            "FULL_DETERMINISM=1 with ENGINE=unsloth: its kernels add up in changing order; use ENGINE=transformers, or "
+            "FULL_DETERMINISM=1 with ENGINE=unsloth: its kernels add numbers in a changing order; use ENGINE=transformers, or "
             "FULL_DETERMINISM=0"
         )
     if publishes:
@@ -570,7 +574,7 @@ SPLIT = r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?"
 
 
 def _unquote(value: str) -> str:
-    """`docker run --env-file` hands quotes on as they stand; a value never needs the pair around it."""
+    """Remove a pair of quotes around a value: `docker run --env-file` keeps them, and no value needs them."""
     value = value.strip()
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
@@ -588,13 +592,13 @@ def reference() -> str:
     """The text of env.example: every setting, commented out, with its help, what is allowed, and its default."""
     lines = [
         "# Settings of the fine-tuning image, with their defaults. Made from finetune/settings.py by make env-example.",
-        "# Copy to .env, and take the # away from what you change. One NAME=value a line; a comment has its own line.",
+        "# Copy this to .env and remove the # before each line that you change. One NAME=value on each line; comments on lines of their own.",
     ]
     for d in declarations():
         allowed = d.allowed()
         extra = "" if allowed == "text" else f" ({allowed})"
         default = d.shown_default() or d.example or ""
-        unless = f" Where {d.unless[0].upper()} is changed: {text(d.unless[1]) or 'none'}." if d.unless else ""
+        unless = f" If {d.unless[0].upper()} is changed: {text(d.unless[1]) or 'none'}." if d.unless else ""
         lines += ["", f"# {d.help}{extra}{unless}", f"# {d.name}={default}"]
     return "\n".join(lines) + "\n"
 

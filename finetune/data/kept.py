@@ -1,4 +1,4 @@
-"""Nothing that a row says may be lost on its way into tokens: the tokens are decoded and held against the text they were made of."""
+"""Nothing that a row says may be lost on its way into tokens: the tokens are decoded and compared with their text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """Holds tokens against text. separator: finds the texts of added tokens, around which tokenizers may add or take white space."""
+    """Compares tokens with text. separator: finds the texts of added tokens, around which tokenizers may add or take white space."""
 
     backend: Any
     separator: re.Pattern[str]
@@ -31,7 +31,7 @@ class Guard:
     def check(self, text: str, ids: list[int], cut: bool) -> bool:
         """Whether the tokenizer wrote some of the text in another way (a normalizer, white space it does not know), losing no letter.
 
-        cut: only a beginning of the text is there. Raises BadRow that shows what was lost.
+        cut: the tokens hold only the beginning of the text. Raises BadRow that shows what was lost.
         """
         decoded = self.backend.decode(ids, skip_special_tokens=False)
         if decoded == text:

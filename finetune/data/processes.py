@@ -1,4 +1,4 @@
-"""The same work on many rows, in several processes. A process that is killed is noticed, which datasets' own pool waits for."""
+"""The same work on many rows, in several processes. A killed process is noticed; datasets' own pool would wait for it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pyarrow import Table
 
-FEW_ROWS = 1000  # that one process is done with before others have started
-CHUNK = 250  # rows that a process is given at a time: what a signal waits for
+FEW_ROWS = 1000  # rows that one process finishes before others have started
+CHUNK = 250  # rows given to a process at a time; after a signal it still finishes them
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
-_work: Callable[[Row], Row]  # a child's, from before it was forked: a tokenizer takes a second to be sent
+_work: Callable[[Row], Row]  # of a child, which has it from the fork: sending a tokenizer takes a second
 
 
 def results(work: Callable[[Row], Row], rows: list[Row], processes: int) -> Dataset:

@@ -18,7 +18,7 @@ Placed = tuple[str, Row]  # a row, after "row 3 (line 4)"
 
 
 def rows(path: Path, wanted: set[str]) -> Iterator[Placed]:
-    """The rows of a file whose name ends in one of READERS. wanted: the columns that are read where others may be left.
+    """The rows of a file whose name ends in one of READERS. wanted: the columns to read, in formats that can skip others.
 
     Raises SettingsError that names the file, the place in it, and what is wrong there.
     """
@@ -88,7 +88,7 @@ def _csv(path: Path, _: set[str]) -> Iterator[Placed]:
 
 
 def _parquet(path: Path, wanted: set[str]) -> Iterator[Placed]:
-    """Columns that are not wanted are None: they may hold what Python cannot, and messages still name them."""
+    """Columns that are not wanted are None: Python may be unable to hold their values, but messages still name them."""
     import pyarrow
     from pyarrow import parquet
 
@@ -117,7 +117,7 @@ def _converted(path: Path, batch: RecordBatch) -> list[Row]:
 
 
 def _named_once(path: Path, names: Sequence[str]) -> None:
-    """Refuse two columns of one name, of which a row would keep the last. No setting can ask for one without a name."""
+    """Refuse two columns with one name: a row would keep only the last. Columns without a name may repeat: no setting names them."""
     if twice := next((name for name in names if name and names.count(name) > 1), None):
         raise SettingsError(
             f"DATASET_NAME={path}: has more than one column {twice}; name each column once, for example {twice}_2"

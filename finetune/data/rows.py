@@ -53,7 +53,7 @@ class Rows:
 
 
 def on_hub(name: str) -> bool:
-    """Whether DATASET_NAME is looked for on the Hub: it is neither the bundled rows nor on this machine, nor named like a file."""
+    """Whether DATASET_NAME is a name on the Hub: not the bundled rows, not on this machine, and not named like a file."""
     a_file = name.lower().endswith(tuple(reading.READERS)) or name.startswith((".", "/", "~"))
     return name != "samples" and not a_file and not os.path.exists(name)
 
@@ -82,7 +82,7 @@ def load(settings: Settings) -> Rows:
     refuse(bad, len(found), settings, f"every row needs text in {', '.join(needs)}")
     if not good:
         raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
-    form.check(settings)  # refused now, and not when a model has come down from the Hub
+    form.check(settings)  # refused now, and not after a model was downloaded
     digest = hashlib.sha256(json.dumps(good, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     return Rows(name, commit, good, form.NAME, len(found), len(bad), digest, places)
 
@@ -99,7 +99,7 @@ def refuse(bad: list[str], of: int, settings: Settings, needed: str) -> None:
 
 
 def _from_files(settings: Settings) -> Iterator[Placed]:
-    """The rows of the file that DATASET_NAME names, of all files of a folder one after the other, or the bundled ones of one language or both."""
+    """The rows of DATASET_NAME: of a file, of all files in a folder one after the other, or the bundled ones (one language or both)."""
     if settings.dataset_name == "samples":
         languages = [settings.dataset_config] if settings.dataset_config else ["en", "zh"]
         files = {f"samples/{language}.jsonl": SAMPLES / f"{language}.jsonl" for language in languages}
@@ -130,7 +130,7 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
     name, split = settings.dataset_name, str(_split(settings)["name"])
     commit, found = sources.hub().dataset(settings, split)
     names, which = found.column_names, _range(settings, len(found))
-    # others may hold pictures or what Python cannot; one stays where none is wanted, for without columns there are no rows
+    # others may hold pictures, or values that Python cannot. If none is wanted, keep one: without columns there are no rows
     used = [column for column in names if column in _wanted(settings)] or names[:1]
     rows = found.select(which).select_columns(used)
     return commit, [

@@ -34,9 +34,9 @@ BOS_CLASSES = ("Llama", "CodeLlama", "Gemma", "Cohere")
 
 
 def load(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder, with a PAD in memory that the model knows and, where there is another, is not its EOS.
+    """The tokenizer of a model's folder. Its PAD, set in memory only, is a token that the model knows, and not EOS if there is another.
 
-    Prints one line where it is read otherwise than the folder's files say. Raises SettingsError where it cannot be loaded, where it
+    Prints one line if it is not read as the folder's files say. Raises SettingsError where it cannot be loaded, where it
     cannot be made to give the ids of its tokenizer.json, or has no EOS.
     """
     loaded, why = _read(source)
@@ -86,7 +86,7 @@ class Reading:
     """How a folder's tokenizer may be read. named: by the class that transformers takes, None where that fails.
 
     own: as its tokenizer.json has it; the same as `named` where that class reads the file as it is, or there is no such file.
-    patched: whether not even so the file's own parts are what is used. bos: whether `own` was made to add a BOS.
+    patched: whether even then other parts than the file's are used. bos: whether `own` was made to add a BOS.
     """
 
     named: PreTrainedTokenizerBase | None
@@ -95,7 +95,7 @@ class Reading:
     bos: bool = False
 
     def misleads(self, texts: Iterable[str]) -> bool:
-        """Whether whoever loads the folder gets other ids, offsets or decoded texts than those of tokenizer.json, for one of the texts."""
+        """Whether loading this folder gives other ids, offsets or texts than its tokenizer.json, for one of the texts."""
         if self.named is self.own:
             return False
         return self.named is None or any(
@@ -108,9 +108,8 @@ def _reading(folder: Path) -> Reading:
     return _read_once(folder, tuple((folder / name).stat().st_mtime_ns for name in names if (folder / name).is_file()))
 
 
-@functools.lru_cache(
-    maxsize=1
-)  # a vocabulary of 128,000 takes a second to read, and it is looked at when the run begins and ends
+# a vocabulary of 128,000 takes a second to read, and it is needed when the run begins and when it ends
+@functools.lru_cache(maxsize=1)
 def _read_once(folder: Path, changed: tuple[int, ...]) -> Reading:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -133,7 +132,7 @@ def _read_once(folder: Path, changed: tuple[int, ...]) -> Reading:
 
 
 def _reads_file(kind: type) -> bool:
-    """Whether a class takes tokenizer.json as it is: transformers builds the others anew, those that have an __init__ of their own."""
+    """Whether a class takes tokenizer.json as it is. transformers builds classes with an __init__ of their own anew."""
     from transformers import PreTrainedTokenizerFast
 
     return kind is PreTrainedTokenizerFast or "__init__" not in vars(kind)
@@ -147,7 +146,7 @@ def _parts(backend: Any) -> tuple[bytes, ...]:
 
 
 def _parts_of(place: Path) -> tuple[bytes, ...]:
-    """The same of a tokenizer.json, read without its vocabulary, which takes most of the time."""
+    """The same of a tokenizer.json, read without its vocabulary, which would take most of the time."""
     content = json.loads(place.read_text(encoding="utf-8"))
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     return _parts(Tokenizer.from_str(json.dumps({**content, "model": empty, "added_tokens": []})))
@@ -157,7 +156,9 @@ def _differs(one: Any, other: Any, text: str) -> bool:
     second = other.encode(text, add_special_tokens=False)
     try:
         first = one.encode(text, add_special_tokens=False)
-    except Exception:  # a class may lack what the text needs, as an unknown token, and tokenizers raises no other
+    except (
+        Exception
+    ):  # a class may lack what the text needs, such as an unknown token; tokenizers raises a bare Exception
         return True
     decoded = (each.decode(second.ids, skip_special_tokens=False) for each in (one, other))
     return (first.ids, first.offsets) != (second.ids, second.offsets) or len(set(decoded)) > 1
@@ -193,7 +194,7 @@ def _set_pad(loaded: PreTrainedTokenizerBase, source: Source) -> None:
     size = text.get("vocab_size") if isinstance(text, dict) else None
     known = size if isinstance(size, int) else math.inf
     if loaded.pad_token_id is None or loaded.pad_token_id == loaded.eos_token_id or loaded.pad_token_id >= known:
-        # any special token will do that is neither, and that the model knows: its label is always IGNORE_INDEX
+        # any special token that the model knows will do, except these two: its label is always IGNORE_INDEX
         taken = {loaded.eos_token, loaded.bos_token}
         special = [
             t for t in [*map(str, loaded.added_tokens_decoder.values()), loaded.unk_token]
@@ -206,13 +207,13 @@ def _set_pad(loaded: PreTrainedTokenizerBase, source: Source) -> None:
 def rewritten(folder: Path, texts: Iterable[str]) -> dict[str, bytes]:
     """Files to write in place of the folder's own, so that any program that loads a copy gets the ids of its tokenizer.json.
 
-    texts: what the class that transformers takes is tried on, beside a fixed text. {} where the folder's own files do.
+    texts: to test the class that transformers takes, beside a fixed text. {} if the folder's own files are right.
     """
     if not (folder / "tokenizer.json").is_file():
         return {}
     read = _reading(folder)
     config = config_of(folder)
-    # beside an adapter there is no config.json, and the class that is named there is taken, where here its model's type overrules it
+    # beside an adapter there is no config.json: the class named there is used, while here the model's type may overrule it
     untried = type(read.named).__name__ in PLAIN and config.get("tokenizer_class") not in (None, *PLAIN)
     if not read.bos and not untried and not read.misleads([PROBE, *texts]):
         return {}

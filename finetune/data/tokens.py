@@ -31,9 +31,10 @@ SAMPLE = 1000  # rows on which another way to read the tokenizer is tried
 class Tokens:
     """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORE_INDEX where there is no loss.
 
-    total, trained: tokens, and those of them that the loss is on. largest: the highest id. common: how many tokens, with their
-    labels, all rows begin with: a template's beginning, a system prompt. dropped: rows left out since they cannot be trained on.
-    day, writes_day: what the chat template takes for today, and whether it writes it. notes: sentences on what is not trained as it stands.
+    total, trained: tokens, and those of them that the loss is on. largest: the highest id. common: length of the shared prefix:
+    the tokens, with equal labels, at the start of every row (a template's beginning, a system prompt). dropped: rows that cannot
+    be trained on. day, writes_day: what the chat template takes for today, and whether it writes it. notes: sentences on what is not
+    trained letter for letter.
     sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once.
     """
 
@@ -193,10 +194,10 @@ class Encoder:
         labels = [token if use else IGNORE_INDEX for token, use in zip(ids, trained, strict=True)]
         if not any(trained):
             raise BadRow(
-                f"has nothing left to train on, since its prompt alone is as long as MAX_SEQ_LENGTH={self.limit}; raise that, for "
+                f"has nothing left to train on, because its prompt alone is as long as MAX_SEQ_LENGTH={self.limit}; raise it, for "
                 f"example MAX_SEQ_LENGTH={2 * self.limit}"
             )
-        # no end of an answer is trained where what was cut is a question
+        # if the cut is in a question, the EOS is not trained: it ends no answer
         last = eos if not cut or trained[-1] else IGNORE_INDEX
         return dict(
             input_ids=[*ids, eos], labels=[*labels, last], truncated=cut, marked=text.marked, literal=bool(text.literal),
@@ -222,7 +223,7 @@ class Encoder:
         return ids, offsets
 
     def _held(self, text: Text, ids: list[int], ended: bool, cut: bool) -> bool:
-        """Hold the tokens against the text they were made of; both without the BOS at the beginning and the EOS at the end."""
+        """Compare the tokens with their text, both without the BOS at the beginning and the EOS at the end."""
         said, bos = text.text, str(self.tokenizer.bos_token or "")
         if ids and ids[0] == self.tokenizer.bos_token_id:
             ids = ids[1:]
@@ -235,7 +236,7 @@ class Encoder:
 def _within(token: Span, answers: list[Span]) -> bool:
     """Whether a token stands for something of an answer. A BOS that the tokenizer adds is at (0, 0).
 
-    White space may have no width, at its end: GPT-NeoX's tokenizer trims offsets.
+    A token of white space may be empty, with both offsets at its end: GPT-NeoX's tokenizer trims them.
     """
     start, end = token
     return any(a < end and (start < b or start == end <= b) for a, b in answers)

@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 def begin(model: PeftModel, seed: int) -> PeftModel:
     """Draw the adapter's A matrices anew as PEFT does (uniform, Kaiming), from `seed` alone; B is zero already.
 
-    PEFT draws them where the weights lie, in the order in which it meets them; so the same SEED began with other numbers on
-    another device or in the other engine, and no two runs could be laid side by side.
+    PEFT draws them on the device of the weights, in the order in which it meets them. So the same SEED would start with other
+    numbers on another device or in the other engine, and such runs could not be compared.
     """
     generator = torch.Generator().manual_seed(seed)
     for _, weight in sorted((name, p) for name, p in model.named_parameters() if "lora_A" in name):
@@ -24,10 +24,10 @@ def begin(model: PeftModel, seed: int) -> PeftModel:
 
 
 def take_off(model: Any) -> None:
-    """Take all adapters off, also those of an attempt that ended half-way."""
+    """Remove all adapters, also those of an attempt that failed half-way."""
     for name, module in list(model.named_modules()):
         parent, _, last = name.rpartition(".")
-        if isinstance(module, BaseTunerLayer) and last != "base_layer":  # one in another goes with it
+        if isinstance(module, BaseTunerLayer) and last != "base_layer":  # an adapter inside another goes with it
             setattr(model.get_submodule(parent), last, module.get_base_layer())
     vars(model).pop("peft_config", None)
     model.requires_grad_(False)

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def check_causal(source: Source) -> None:
-    """Raise SettingsError where config.json is that of a model that sees the tokens to come, as BERT and its like do.
+    """Raise SettingsError if config.json describes a model that sees later tokens, as BERT does.
 
-    Theirs say with `is_decoder` whether they do. The field means that only in models that fill in masked words: GPT-NeoX has it
-    too, and is a decoder. Any other model's may say `is_causal`, which transformers reads where it makes the mask.
+    In models that fill in masked words, `is_decoder` says whether they do. In others the field does not mean that: GPT-NeoX has it,
+    and is a decoder. Any other model may set `is_causal`, which transformers reads when it makes the mask.
     """
     with refusals.loading(source):
         config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
@@ -35,7 +35,7 @@ def check_causal(source: Source) -> None:
 
 
 def check_whole(source: Source, info: Mapping[str, Any]) -> None:
-    """Raise SettingsError where the files lack tensors of the model: transformers would go on with random ones.
+    """Raise SettingsError where the files lack tensors of the model: transformers would go on with random numbers in them.
 
     info: what transformers says of the loading (`output_loading_info`); tied weights are not in it.
     """
@@ -55,8 +55,8 @@ def check_whole(source: Source, info: Mapping[str, Any]) -> None:
 def check_fits(model: PeftModel, settings: Settings, tokens: Tokens) -> None:
     """Raise SettingsError where the model has no embedding for a token or for a place in the longest row, or has biases in float16."""
     if any(p.requires_grad and p.dtype is torch.float16 and n.endswith("bias") for n, p in model.named_parameters()):
-        raise SettingsError(  # which GradScaler refuses, after everything is loaded
-            f"LORA_BIAS={settings.lora_bias}: {settings.model_name} computes in float16 here, in which its biases cannot be trained; "
+        raise SettingsError(  # GradScaler would refuse it, but only after everything is loaded
+            f"LORA_BIAS={settings.lora_bias}: {settings.model_name} computes in float16 here, and biases cannot be trained in float16; "
             "set LORA_BIAS=none, or DTYPE=float32"
         )
     words: Any = model.get_input_embeddings()
@@ -65,13 +65,13 @@ def check_fits(model: PeftModel, settings: Settings, tokens: Tokens) -> None:
             f"MODEL_NAME={settings.model_name}: its tokenizer makes token {tokens.largest}, and the model has {words.num_embeddings}; "
             "take the tokenizer that belongs to the model"
         )
-    # where positions are not computed, or once and for all
+    # names of tables of positions: learned, or computed once
     learned = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
     embeddings = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
     computed = [name for name, _ in model.named_buffers()]
     tables = [name for name in embeddings + computed if name.endswith(learned)]
     config: Any = model.config.get_text_config()
-    # MPT makes its biases of places (ALiBi) for so many in each pass
+    # MPT makes its position biases (ALiBi) for this many positions in each pass
     biased = config.max_seq_len if getattr(getattr(config, "attn_config", None), "alibi", False) else math.inf
     limit = config.max_position_embeddings if tables else biased
     if tokens.longest > limit:

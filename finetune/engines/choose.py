@@ -32,7 +32,7 @@ class Choice:
         return f"engine: {self.name}{', compiled' if self.compiled else ''} ({self.reason})"
 
     def deciding(self) -> dict[str, Any]:
-        """What of it decides the trained weights."""
+        """The part that decides the trained weights."""
         return dict(engine=self.name, compiled=self.compiled, deterministic=self.deterministic)
 
     def open(self, settings: Settings) -> Engine:
@@ -49,7 +49,7 @@ class Choice:
 
 
 def choose(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) -> Choice:
-    """ENGINE, or for auto transformers on a CPU and where the compiled path serves, else unsloth.
+    """ENGINE. If that is auto: transformers on a CPU and where the compiled path serves, otherwise unsloth.
 
     The compiled path was the faster one on an H100 (benchmarks/h100); other GPUs were not measured. config: the model's config.json.
     """

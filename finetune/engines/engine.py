@@ -53,6 +53,6 @@ class Engine(Protocol):
     ) -> AbstractContextManager[Packed | None]:
         """The model set up for training for a while. Yields the compiled path's micro-batches, or None: the trainer makes its own.
 
-        max_rows: the most rows of a micro-batch. longest: tokens of the longest row. shared: tokens that all rows begin with, whose
-        labels are the same too.
+        max_rows: the most rows of a micro-batch. longest: tokens of the longest row. shared: length of
+        the prefix whose tokens and labels are the same in every row.
         """

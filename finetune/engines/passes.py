@@ -1,4 +1,4 @@
-"""What a model does, seen in passes over a few tokens before it is trained. They draw nothing that training would draw."""
+"""What a model does, tested with a few tokens before training. These passes do not change the random numbers of training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ COMMON = 8  # tokens that two rows have in common, each with 4 others after them
 
 
 def is_causal(model: Any, dtype: torch.dtype) -> bool:
-    """Whether other tokens leave what is predicted before them as it was. Raises what a model raises that cannot be computed so.
+    """Whether later tokens leave earlier predictions unchanged. Raises the model's own error if it cannot run like this.
 
-    The logits need not be the same to the bit: experts are computed in other groups then. So where they differ, the gradient is
-    asked: of a prediction by a later token it is exactly zero in a causal model, in every type.
+    The logits need not be equal bit for bit, because other tokens put experts into other groups. If they differ, the gradient decides:
+    in a causal model, the gradient of a prediction with respect to a later token is exactly zero, in every type.
     """
     with _pass(model, dtype):
         with torch.no_grad():
@@ -44,7 +44,7 @@ def is_causal(model: Any, dtype: torch.dtype) -> bool:
 
 
 def without_gradient(model: PeftModel, names: Sequence[str], dtype: torch.dtype) -> list[str]:
-    """Those of `names` of which no adapter gets a gradient. Raises what a model raises that cannot be computed with them."""
+    """The `names` whose adapter gets no gradient. Raises the model's own error if it cannot run with them."""
     with _pass(model, dtype):
         model.train()
         logits = model(**_tokens(model), use_cache=False).logits
@@ -60,7 +60,7 @@ def without_gradient(model: PeftModel, names: Sequence[str], dtype: torch.dtype)
 
 @contextlib.contextmanager
 def _pass(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """For a pass as training makes it, which draws nothing that training would draw; the model is left in training mode."""
+    """Around a pass like those of training. It does not change their random numbers, and leaves the model in training mode."""
     cuda = torch.cuda.is_available()
     lower = torch.autocast("cuda", dtype, enabled=cuda and dtype is not torch.float32)
     try:
@@ -71,7 +71,7 @@ def _pass(model: Any, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _tokens(model: Any, end: int = 0) -> dict[str, torch.Tensor]:
-    """A row of 12 tokens from the middle of the vocabulary: the first may be special. end: which last 4."""
+    """A row of 12 tokens from the middle of the vocabulary, because its first may be special. end: which 4 tokens come last."""
     words: Any = model.get_input_embeddings()
     first = words.num_embeddings // 2
     ids = [*range(first, first + COMMON), *range(first - 4 * end, first - 4 * end + 4)]
@@ -80,6 +80,6 @@ def _tokens(model: Any, end: int = 0) -> dict[str, torch.Tensor]:
 
 
 def drops(model: torch.nn.Module) -> bool:
-    """Whether training draws anything: LORA_DROPOUT, or the base's own, which for attention is a number in most models."""
+    """Whether training uses dropout: LORA_DROPOUT, or the base's own. For attention that is a number in most models."""
     shares = (m.p if type(m).__name__ == "Dropout" else getattr(m, "attention_dropout", 0) for m in model.modules())
     return any(isinstance(share, (int, float)) and share > 0 for share in shares)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PARTIAL = True
 KEEPS_INPUTS = True
-# The last two are no part of the lock, but transformers would import them.
+# The lock does not install the last two, but transformers would import them if they were there.
 UNUSED = ("torchao", "torchvision", "wandb", "httpx._main", "sklearn", "scipy")
 
 
@@ -38,7 +38,7 @@ def prepare(settings: Settings) -> None:
 
 
 def load(settings: Settings, source: Source) -> PeftModel:
-    """As `engine.Engine` says. A model of a type that the compiled path does not serve is first looked at in passes over a few tokens."""
+    """See `engine.Engine`. A model type that the compiled path does not serve is first tested with a few tokens."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -57,7 +57,7 @@ def load(settings: Settings, source: Source) -> PeftModel:
     checks.check_whole(source, info)
     precision.settle_4bit(settings, model)
     model.requires_grad_(False)
-    known = model.config.model_type in served.TYPES  # with which all that follows is known to go together
+    known = model.config.model_type in served.TYPES  # all that follows is known to work with these
     if not known:
         remedy = "take another model"
         with refusals.loading(source, f"try LOAD_IN_4BIT=0, or {remedy}" if settings.load_in_4bit else remedy):
@@ -94,15 +94,15 @@ def load(settings: Settings, source: Source) -> PeftModel:
     try:
         adapted = adapt(settings.target_modules, settings.lora_r)
         idle = [] if known else passes.without_gradient(adapted, named, dtype)
-        wrong = f"{', '.join(idle)} would not be trained, since the model passes it by" if idle else ""
+        wrong = f"{', '.join(idle)} would not be trained, because the model does not use it" if idle else ""
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # layers that PEFT knows to be of no use, or that return what it does not expect
+    except Exception as error:  # layers that PEFT refuses, or that return something it does not expect
         wrong = first_line(error)
     if wrong:
         adapter.take_off(model)
         raise SettingsError(
-            f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} cannot be adapted so ({wrong}); "
+            f"TARGET_MODULES={','.join(settings.target_modules)}: {settings.model_name} cannot get an adapter on these layers ({wrong}); "
             f"{targets.advice(usable(targets.last_names(linear)))}"
         )
     return adapter.begin(adapted, settings.seed)
@@ -136,7 +136,7 @@ def layers(model: PeftModel) -> int:
 
 
 def recompute(model: PeftModel, count: int) -> None:
-    """Recompute the first layers and not the last: the activations of those are needed first in the backward pass."""
+    """Recompute the first layers, not the last: the backward pass needs the activations of the last layers first."""
     from finetune.engines import passes
 
     base = model.get_base_model()
@@ -153,7 +153,7 @@ def checkpointing(count: int) -> bool:
 
 
 def _layers(model: PeftModel) -> list[Any]:
-    """Those that can be recomputed: none where the architecture says that it cannot."""
+    """The layers that can be recomputed; none if the architecture does not support it."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     base: Any = model.get_base_model()

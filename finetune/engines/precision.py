@@ -28,7 +28,7 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def settle_4bit(settings: Settings, model: torch.nn.Module) -> None:
-    """Raise SettingsError where the weights are not NF4 though asked: nobody asked for a silent 16-bit run. And keep them so."""
+    """Raise SettingsError if NF4 was asked for and the weights are not NF4. Then keep their layout."""
     quantised = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     for module in quantised:
         patches.keep_4bit_layout(module)

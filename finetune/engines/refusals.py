@@ -34,14 +34,14 @@ def loading(
 def memory_told(
     remedy: str = "plan for less, for example MAX_MEMORY=12; the same command goes on from the last checkpoint",
 ) -> Iterator[None]:
-    """GPU memory that runs out where there is no smaller plan (an answer, the optimizer, the merge), as a MachineError."""
+    """Raise MachineError when GPU memory runs out where there is no smaller plan: an answer, the optimizer, the merge."""
     try:
         yield
     except RuntimeError as error:
         if not (full := _out_of_memory(error)):
             raise
         raise MachineError(
-            f"out of GPU memory ({full}). Where another program uses this GPU, end it, or {remedy}."
+            f"out of GPU memory ({full}). If another program uses this GPU, end it, or {remedy}."
         ) from None
 
 
@@ -51,8 +51,8 @@ def _out_of_memory(error: Exception) -> str | None:
 
 
 def not_causal(source: Source) -> SettingsError:
-    """The refusal of a model in which a token's prediction depends on those that follow."""
+    """The refusal of a model whose prediction of a token depends on later tokens."""
     return SettingsError(
-        f"MODEL_NAME={source.name}: is no causal language model: in it the tokens that follow change what is predicted before them, so it "
-        "would learn to copy and not to write; take a model made to write text, for example unsloth/DeepSeek-R1-Distill-Llama-8B"
+        f"MODEL_NAME={source.name}: is not a causal language model: its prediction of a token depends on later tokens, so it would "
+        "learn to copy. Take a model that generates text, for example unsloth/DeepSeek-R1-Distill-Llama-8B"
     )

@@ -1,4 +1,4 @@
-"""TARGET_MODULES: what PEFT is told to adapt, and what may be named instead of what cannot be adapted."""
+"""TARGET_MODULES: which layers PEFT adapts, and which names to suggest when one cannot be adapted."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def last_names(linear: list[str]) -> list[str]:
 
 
 def outside_text(model: torch.nn.Module) -> str:
-    """The prefix of the text decoder in a model that sees or hears too, for example "model.language_model."; else "".
+    """The prefix of the text decoder in a model that also takes pictures or sound, for example "model.language_model."; else "".
 
-    Rows are text: whatever lies outside of the decoder gets no gradient from them.
+    Rows are text, so parts outside the decoder get no gradient from them.
     """
     config: Any = model.config
     if config.get_text_config(decoder=True) is config:
@@ -57,7 +57,7 @@ def check_targets(
 ) -> None:
     """Raise SettingsError where a name in TARGET_MODULES is no linear layer of the model.
 
-    linear: names of all. usable: those last names of them that can be adapted; it is asked only for the sentence.
+    linear: names of all. usable: keeps the last names that can be adapted; it is called only to write the message.
     """
     if settings.target_modules == ("all-linear",):
         return
@@ -71,7 +71,7 @@ def check_targets(
 
 
 def advice(usable: list[str], every: list[str] | None = None) -> str:
-    """The end of a sentence on TARGET_MODULES. usable: names that can be adapted; where they are `every` name, so can all-linear."""
+    """The end of a message on TARGET_MODULES. usable: names that can be adapted; if that is `every` name, all-linear works too."""
     if not usable:
         return "none of its linear layers can be adapted; take another model"
     whole = " or TARGET_MODULES=all-linear" if usable == every else ""

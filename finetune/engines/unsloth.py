@@ -38,7 +38,7 @@ def prepare(settings: Settings) -> None:
 def load(settings: Settings, source: Source) -> PeftModel:
     """Load the base and attach the adapter, with the tutorial's arguments.
 
-    `source.folder` is a folder, so no name is mapped to a quantised mirror of other weights.
+    It gets a folder, not a name: unsloth maps some names to a quantised mirror with other weights.
     """
     import torch
     from unsloth import FastLanguageModel
@@ -107,5 +107,5 @@ def recompute(model: PeftModel, count: int) -> None:
 
 
 def checkpointing(count: int) -> bool:
-    """As it is: the trainer begins by asking its argument too."""
+    """Whether any layer is recomputed: unsloth's trainer reads this argument too when it begins."""
     return bool(count)

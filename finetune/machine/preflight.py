@@ -1,4 +1,4 @@
-"""This machine, looked at before anything is downloaded. No torch: the answer is there in tenths of a second."""
+"""Checks this machine before anything is downloaded. Without torch the answer takes only tenths of a second."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def check(
 ) -> list[str]:  # fmt: skip
     """Lines that say what was found. Raises MachineError with every problem and its remedy.
 
-    count: parameters of the model, None: unknown. missing, damaged: sentences on the files that settings name. With
-    one that is missing it is a SettingsError.
+    count: parameters of the model, None: unknown. missing, damaged: sentences on the files that settings name. If
+    one is missing, it raises SettingsError instead.
     """
     problems = [
         *missing,

@@ -21,7 +21,7 @@ from finetune.settings import Settings
 
 PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", *records.PAGES)
 IDENTITY = "checkpoints/identity.json"
-ASIDE = "replaced.partial"  # what a run with OVERWRITE takes the place of, until it has the place
+ASIDE = "replaced.partial"  # holds the old run until the run with OVERWRITE is in its place
 ENDINGS = ("", ".partial", ".old")
 
 
@@ -29,7 +29,7 @@ ENDINGS = ("", ".partial", ".old")
 def locked(output: Path) -> Iterator[None]:
     """`output` for this process alone, for a while. Raises MachineError where another run is writing there.
 
-    Two runs in one folder take each other's checkpoints for their own. A file system that knows no locks is not asked twice.
+    Two runs in one folder would use each other's checkpoints. On a file system without locks the run goes on without one.
     """
     fresh = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
     """Whether this very run is complete in `output`, with all that is asked for. Nothing is changed there.
 
     identity: of this run. Without OVERWRITE: raises SettingsError with the differences where `output` holds another run, and
-    OutputError where it holds what is damaged or of no run.
+    OutputError if what it holds is damaged or not from a run.
     """
     if settings.overwrite:
         return False
@@ -86,7 +86,7 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
             )
         asked = dict(adapter=settings.save_adapter, merged=settings.save_merged)
         if lacking := [name for name, wanted in asked.items() if complete and wanted and not (output / name).is_dir()]:
-            print(f"{output}: this run is complete but for {' and '.join(lacking)}, which is made now", flush=True)
+            print(f"{output}: this run is complete except for {' and '.join(lacking)}; making it now", flush=True)
         return complete and not lacking
     if there := [
         n for n in PRODUCTS if os.path.lexists(output / n) and not (n == "checkpoints" and place.parent.is_dir())
@@ -98,7 +98,7 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
 
 
 def day(settings: Settings, output: Path, recorded: Mapping[str, Any] | None) -> datetime.date:
-    """What a chat template that writes today's date writes in this run: the recorded run's, that of the run which goes on, or today."""
+    """The date that a chat template writes as today's: the recorded run's, that of the run which is resumed, or today's."""
     if recorded is not None:
         return day_of(recorded)
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -116,13 +116,13 @@ def day_of(record: Mapping[str, Any]) -> datetime.date:
 
 
 def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None:
-    """Make `output` this run's. With OVERWRITE the old run goes now, when all that can refuse the new one has been asked.
+    """Make `output` this run's. With OVERWRITE the old run is removed now, after every check that can refuse the new one.
 
-    A kill at any moment leaves either the old run whole or the new one begun, once `_settle` was there. Raises MachineError
+    If it is killed at any moment, `_settle` later leaves either the whole old run or the new run, begun. Raises MachineError
     where something of the old run cannot be moved, with the old run as it was.
     """
     if not settings.overwrite:
-        # where it is, the run counts as complete: not from here on, also where only the merged weights were lacking
+        # with run.json the run counts as complete, and from here on it is not, even if only the merged weights are missing
         (output / "run.json").unlink(missing_ok=True)
         (output / IDENTITY).parent.mkdir(parents=True, exist_ok=True)
         return files.write_json(output / IDENTITY, identity)
@@ -143,16 +143,16 @@ def claim(settings: Settings, output: Path, identity: Mapping[str, Any]) -> None
 
 
 def _products() -> Iterator[str]:
-    """Names that a run gives in its folder, with those that files have on their way. `checkpoints` comes first: see `_settle`."""
+    """Names that a run uses in its folder, with the names of unfinished and old files. `checkpoints` comes first: see `_settle`."""
     for name in sorted(PRODUCTS, key=lambda name: name != "checkpoints"):
         yield from (name + ending for ending in ENDINGS)
 
 
 def _settle(output: Path) -> None:
-    """End what a claim began, here or in a process that was killed: take the old run away, or put it back.
+    """Finish what a claim began, here or in a process that was killed: remove the old run, or put it back.
 
-    Of the old run `checkpoints` goes aside first and comes back last. So where there is one while others are aside, it is the
-    new run's.
+    The old run's `checkpoints` goes aside first and comes back last. So if there is one while other parts are aside, it is
+    the new run's.
     """
     aside = output / ASIDE
     if not os.path.lexists(aside):
@@ -167,7 +167,7 @@ def _settle(output: Path) -> None:
         files.remove(aside)
     except OSError as error:
         raise MachineError(
-            f"{error.filename}: is of the run that was replaced, and cannot be removed ({error.strerror}). Unmount it or "
+            f"{error.filename}: belongs to the replaced run and cannot be removed ({error.strerror}). Unmount it or "
             f"remove {aside} yourself, and start again with the same settings."
         ) from None
 
@@ -181,7 +181,7 @@ def _move(path: Path, to: Path) -> None:
             raise
         output = to.parent if path.parent.name == ASIDE else path.parent
         raise MachineError(
-            f"{path}: cannot be moved to {to} ({error.strerror}), so no run can take the place of the old one, which stays. Give "
+            f"{path}: cannot be moved to {to} ({error.strerror}), so the old run stays and no new one can take its place. Give "
             f"another folder, for example OUTPUT_DIR={output}-2, or unmount {path.name} if it is a mount point"
         ) from None
 
@@ -200,7 +200,7 @@ def inputs(settings: Settings) -> Iterator[str]:
         path = Path(name or "").expanduser()
         if not name or not os.path.lexists(path):
             continue
-        # to the rows of a folder belong those in its data/: metrics.jsonl would be among them
+        # a folder's rows include those in its data/, and metrics.jsonl would be one of those files
         ways = _ways(path) | (_ways(path / "data") if variable == "DATASET_NAME" else set())
         inner = (
             sorted(p for p in (*path.iterdir(), *path.glob("data/*")) if os.path.islink(p))
@@ -209,7 +209,7 @@ def inputs(settings: Settings) -> Iterator[str]:
         )
         within = {place for way in ways.union(*map(_ways, inner)) for place in (way, *map(str, Path(way).parents))}
         if within & products:
-            why = f"lies in what a run in OUTPUT_DIR={output} replaces ({sorted(within & products)[0]})"
+            why = f"is inside a folder that a run in OUTPUT_DIR={output} replaces ({sorted(within & products)[0]})"
         elif ways & folders:
             why = f"is OUTPUT_DIR={output} itself, where a run writes its own files"
         else:

@@ -52,7 +52,7 @@ def missing(settings: Settings) -> Iterator[str]:
 def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> dict[str, Any]:
     """Name -> sha256 (or commit) of all that goes in.
 
-    wanted: the run.json whose inputs these have to be. Raises SettingsError that names what is another one, and its setting.
+    wanted: the run.json whose inputs these must be. Raises SettingsError that names each input that differs, and its setting.
     """
     found = _flat(source.commit, source.digests, rows.sha256, tokens.sha256)
     dated = {"date": tokens.date} if tokens.date else {}
@@ -63,7 +63,7 @@ def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> 
     recorded["commit"] = found["commit"]  # equal files are the same model, whatever holds them
     differ = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
     if differ:
-        # tokens are made of model and rows, so where these are others it tells nothing that the tokens are
+        # tokens are made of model and rows: if those differ, other tokens say nothing more
         named = [name for name in differ if name != "tokens"] or differ
         raise SettingsError(*(_sentence(name, recorded.get(name), found.get(name), source, rows) for name in named))
     return found | dated
@@ -87,7 +87,7 @@ def _sentence(name: str, recorded: str | None, found: str | None, source: Source
         )
     return (
         f"tokens: rows and model are those of the recorded run, but the tokens made of them are not ({was}); "
-        "another text in the file PROMPT_TEMPLATE, another MAX_SEQ_LENGTH or TRAIN_ON, or another version of tokenizers does that"
+        "the reason is another text in the file PROMPT_TEMPLATE, another MAX_SEQ_LENGTH or TRAIN_ON, or another version of tokenizers"
     )
 
 

@@ -62,7 +62,7 @@ def environment(gpu: Gpu | None, environ: Mapping[str, str]) -> Environment:
 
 
 def _lock() -> str | None:
-    """sha256 of the lock that `make` installed here, which an older driver makes another one; else of the one beside the program."""
+    """sha256 of the lock that `make` installed (with an older driver, the one for CUDA 12.8), otherwise of the lock beside the program."""
     stamp, lock = Path(sys.prefix) / ".stamp-main", ROOT / "docker" / "requirements.txt"
     try:
         return stamp.read_text(encoding="utf-8").split()[1]  # after the version of Python: scripts/bootstrap.sh

@@ -115,7 +115,7 @@ def train_in(
     words = data.rewritten(source.folder, tokens.texts(tokenizer))
     adapter.save(model, source, output, words)
     del model, ask
-    gc.collect()  # the trainer and what it calls back hold each other, and the model with them
+    gc.collect()  # the trainer and its callbacks hold each other, and keep the model in memory
     merged = merge.merge(source, output, "cuda" if visible else "cpu", words) if settings.save_merged else None
     if merged and words:
         print(data.misread(output / "merged", tokens.texts(tokenizer)), end="", flush=True)

@@ -20,7 +20,7 @@ from finetune.errors import Refusal
 from finetune.settings import Declaration, declarations
 
 SCHEMA_VERSION = 3  # to be raised with each change that an older reader would get wrong
-# settings that every record has; another may be younger than the record, which then means its default
+# settings that every record has; for a setting newer than the record, the default is meant
 NEEDED = (
     *("MODEL_NAME", "DATASET_NAME", "DATASET_SPLIT", "PROMPT_TEMPLATE", "PROMPT_COLUMNS", "COMPLETION_COLUMNS"),
     *("LOAD_IN_4BIT", "MAX_STEPS", "SEED", "OUTPUT_DIR"),
@@ -81,7 +81,7 @@ class Model(TypedDict):
 
 @with_config(CLOSED)
 class Dataset(TypedDict):
-    """sha256: of the rows as used. tokens_sha256: of the ids and labels made of them. common: tokens that all rows begin with."""
+    """sha256: of the rows as used. tokens_sha256: of the ids and labels made of them. common: length of the prefix that all rows share."""
 
     name: Text
     commit: Annotated[Commit | None, Field(description="Of the Hub's repository; null: local or bundled rows.")]
@@ -138,9 +138,9 @@ class Memory(TypedDict):
 
 
 class Verification(TypedDict):
-    """What the merge was found to be, in tensors; null: there are no merged weights.
+    """What verification found in the merged weights, counted in tensors; null: there are none.
 
-    changed: as the adapter says. rounded_away: targets that 16 bits left as the base's. unreached: targets for which nothing was
+    changed: as the adapter says. rounded_away: targets whose change was too small for 16 bits. unreached: targets for which nothing was
     learned; unreached_first: one of them. kept: equal to the base's. rounded: equal to the base's, rounded to bfloat16.
     """
 
@@ -253,7 +253,7 @@ def problems(record: Any) -> list[str]:
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
-    """What pydantic found, with what is allowed and an example, both out of the schema."""
+    """What pydantic found, with what is allowed and an example, both from the schema."""
     *outer, last = error["loc"] or ("",)
     if last == "[key]":
         name, key = _place(outer[:-1])[0], outer[-1]

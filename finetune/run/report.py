@@ -1,4 +1,4 @@
-"""What a run leaves for people: pictures, pages and model cards. Each is made of the record alone, the curves of the metrics."""
+"""What a run leaves for people: pictures, pages and model cards, made from the record alone; the curves, from the metrics."""
 
 from __future__ import annotations
 

@@ -31,9 +31,7 @@ def read(path: Path) -> tuple[Path, Record]:
             f"{path}: there is no such file; give the record of a finished run, for example: reproduce outputs/run.json"
         ) from None
     if not records.weights(record):
-        raise SettingsError(
-            f"{path}: files holds no weights (adapter/ or merged/), so there is nothing to compare with"
-        )
+        raise SettingsError(f"{path}: the record lists no weights (adapter/ or merged/), so nothing can be compared")
     return path, record
 
 
@@ -72,8 +70,8 @@ def restore(path: Path, layered: Mapping[str, str], line: Mapping[str, str]) -> 
     output, place = Path(given).resolve(), original.resolve()
     if output == place or (of_run and output.is_relative_to(place)):
         raise SettingsError(
-            f"OUTPUT_DIR={given}: is the folder of the recorded run or lies in it, and that stays as it is; give "
-            f"another one, for example OUTPUT_DIR={beside}"
+            f"OUTPUT_DIR={given}: is the recorded run's folder or lies inside it. That folder is never changed; "
+            f"give another one, for example OUTPUT_DIR={beside}"
         )
     return kept, restored
 

@@ -1,6 +1,6 @@
-"""Files in the Hub's cache, each named by the hash of its content. Whether it has that content is looked at here, once.
+"""Files in the Hub's cache, each named by the hash of its content. This module checks each content once.
 
-The client looks at the size alone, so it takes a file in which a mirror or a disk has flipped a bit.
+The client checks only the size, so it accepts a file in which a mirror or a disk has flipped a bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Blob:
 
 
 def read(repository: Path, paths: Collection[Path]) -> dict[Path, Blob]:
-    """Each of the files below `repository`, read where it was not before. One whose name is no hash is what it is.
+    """Reads each file below `repository` that was not read before. A file whose name is not a hash is accepted as it is.
 
     What was read is remembered beside the files, under name, size, time and inode. Where nothing can be written, the
     next run reads again.
@@ -56,9 +56,8 @@ def _read(path: Path) -> Blob:
         return Blob(sha256, path.name, sha256)
     content = path.read_bytes()  # of a small file, which git holds itself
     plain, git = (_sha1(before + content) for before in (b"", b"blob %d\0" % len(content)))
-    return Blob(
-        sha256, path.name, plain if plain == path.name else git
-    )  # mirrors that store files name them by the plain one
+    # mirrors that store whole files name them by the plain hash
+    return Blob(sha256, path.name, plain if plain == path.name else git)
 
 
 def _sha1(content: bytes) -> str:

@@ -106,7 +106,7 @@ def commit(variable: str, name: str, revision: str, settings: Settings) -> str:
 def fetch(settings: Settings) -> Cached:
     """MODEL_NAME's files, downloaded at the commit that MODEL_REVISION names now.
 
-    Those that are read before the weights are checked. The weights follow in `digests`, while the libraries are
+    All files but the weights are checked here. The weights are checked later by `digests`, while the libraries are
     imported.
     """
     name, revision = settings.model_name, settings.model_revision
@@ -121,7 +121,7 @@ def fetch(settings: Settings) -> Cached:
             ) from None
         source = Cached(name, config.parent.name, config.parent, mends=True)
         source.check(["config.json"])
-        if problem := quantised(source):  # 40 GB before it could be refused would be too late
+        if problem := quantised(source):  # refused now, and not after 40 GB were downloaded
             raise SettingsError(problem)
         asked.update(revision=source.commit, ignore_patterns=EXCLUDED)  # so that all files are of the same commit
         snapshot_download(**asked, allow_patterns=[*WEIGHTS, *TEXTS])
@@ -174,7 +174,7 @@ def dataset(settings: Settings, split: str) -> tuple[str | None, Dataset]:
 
 
 def _not_rows(name: str, error: Exception) -> Exception:
-    """What to raise where `datasets` makes no rows of a repository: the error of Hub or machine behind, or ours."""
+    """What to raise where `datasets` makes no rows of a repository: the error of Hub or machine that caused it, or ours."""
     from datasets.table import CastError
 
     cause: BaseException | None = error
@@ -183,7 +183,7 @@ def _not_rows(name: str, error: Exception) -> Exception:
         if isinstance(cause, Exception) and (of_hub or (isinstance(cause, OSError) and of_machine(cause))):
             return cause
         cause = cause.__cause__
-    # "An error occurred while generating", and behind it what did
+    # it says "An error occurred while generating"; its cause says which
     behind = error.__cause__ if isinstance(error.__cause__, Exception) else error
     said = f"its files differ in columns: {behind.details()}" if isinstance(behind, CastError) else first_line(behind)
     return SettingsError(

@@ -11,7 +11,7 @@ from finetune.settings import Settings
 from finetune.sources.model import Source, weight_files
 from finetune.sources.quantised import quantised
 
-# a name on the Hub does not end so, and a URL that does leads to a file
+# Hub names do not end like this; a URL that does leads to a file
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst", ".zip", ".txt", ".gguf", ".safetensors", ".bin")
 
 

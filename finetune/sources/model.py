@@ -40,8 +40,8 @@ class Source:
     def digests(self) -> dict[str, str]:
         """sha256 of each file that decides what is trained on and merged into, under its name.
 
-        It tells one model from another wherever its folder stands. A folder's files are read each time, which warms
-        them for loading; those of the Hub's cache once. Raises HubError where one of these is not what the Hub names
+        They identify a model wherever its folder is. A folder's files are read each time, and are then in memory for
+        loading; those of the Hub's cache are read once. Raises HubError where one of these is not what the Hub names
         it.
         """
         return self.hashing.result()

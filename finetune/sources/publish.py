@@ -21,7 +21,7 @@ from finetune.sources.client import explained, token
 def publish(settings: Settings, output: Path) -> None:
     """Push `output`/adapter to HUB_MODEL_ID, and `output`/merged to HUB_MERGED_MODEL_ID where that is set.
 
-    output: a run's folder, whose files the caller has held against their hashes. Raises HubError, with everything
+    output: a run's folder, whose files the caller has checked against their hashes. Raises HubError, with everything
     still on disk, and SettingsError where a folder is not there.
     """
     api = HfApi(token=token(settings))

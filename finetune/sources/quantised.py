@@ -16,7 +16,7 @@ ENDING = re.compile(
 def quantised(source: Source) -> str | None:
     """The sentence for a base whose config.json says that its weights are quantised; None: they are not.
 
-    It would train on these whatever LOAD_IN_4BIT says, and nothing can be merged into them.
+    A run would train on quantised weights whatever LOAD_IN_4BIT says, and nothing can be merged into them.
     """
     config = source.config()
     sections = [config, *(config[key] for key in ("text_config", "llm_config", "language_config") if key in config)]

@@ -21,9 +21,9 @@ HEAD_TOKENS = 32  # of the pass that shows whether the head alone gives the logi
 
 
 class MicroBatches(Protocol):
-    """Makes the loss of rows, and says what of its model can lie elsewhere. The compiled path's is `Packed`; else `Padded`, `Recipes`.
+    """Computes the loss of rows, and says which parts of the model can be moved. `Packed` is the compiled path's; else `Padded`, `Recipes`.
 
-    shared: tokens that all rows begin with and a micro-batch computes once. pads: whether rows are filled up to the longest.
+    shared: length of the shared prefix, computed once for each micro-batch. pads: whether rows are padded.
     """
 
     shared: int
@@ -46,12 +46,12 @@ class MicroBatches(Protocol):
         ...
 
     def dequantize(self, on: bool) -> bool:
-        """Keep the 4-bit weights in 16 bits too, or not. Returns whether they are kept so."""
+        """Keep 16-bit copies of the 4-bit weights, or drop them. Returns whether there are copies now."""
         ...
 
 
 class _InPlace:
-    """What has nothing to move."""
+    """Micro-batches of a model in which nothing can be moved."""
 
     shared = 0
 
@@ -74,7 +74,7 @@ class Padded(_InPlace):
     pads = True
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, sample: Row):
-        """dtype: of the activations. sample: a row, with which it is found out how the loss can be computed."""
+        """dtype: of the activations. sample: a row, to find out how the loss can be computed."""
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
         self.model, self.base = model, model.get_base_model()
@@ -102,7 +102,7 @@ class Padded(_InPlace):
         return torch.autocast("cuda", self.dtype) if lower else contextlib.nullcontext()
 
     def _head_is_all(self, sample: list[int]) -> bool:
-        """Whether the head alone, to the bit, makes the model's logits of its hidden states. Granite, for one, divides them by 8."""
+        """Whether the head alone turns hidden states into the model's logits, bit for bit. Granite, for example, also divides by 8."""
         training, ids = self.model.training, torch.tensor([sample], device=self.device)
         self.model.eval()  # nothing is drawn
         try:
@@ -110,7 +110,7 @@ class Padded(_InPlace):
                 logits = self.base(input_ids=ids, use_cache=False).logits
                 hidden = self._hidden(input_ids=ids)
                 return torch.equal(self.base.get_output_embeddings()(hidden), logits)
-        except Exception:  # of an odd architecture the parts may not be where others have them: Llama 4's are not
+        except Exception:  # the parts may not be where other models have them: Llama 4's are not
             return False
         finally:
             self.model.train(training)
@@ -136,7 +136,7 @@ class Recipes(_InPlace):
 
 
 def labels_of(rows: Sequence[Row]) -> int:
-    """Tokens that the loss is on: the first of a row is predicted by nothing."""
+    """How many tokens the loss is on. The first of a row is not counted, because no token before it predicts it."""
     return sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
 
 

@@ -15,9 +15,9 @@ def folders(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files have the sha256 they were written with; a damaged one is named and taken away.
+    """The newest checkpoint whose files have the sha256 they were written with. A damaged one is named and removed.
 
-    Under its name the update is saved anew, and being the newer one it would outlive those that are whole.
+    Its update needs the name to be saved again. And as the newer one it would outlive checkpoints that are whole.
     """
     files.remove(folder / "partial")  # a kill may have left it
     for path in reversed(folders(folder)):

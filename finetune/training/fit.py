@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from finetune.engines.choose import Choice
     from finetune.engines.engine import Engine
 
-STREAM_ROWS = 64  # whose tokens are measured with
+STREAM_ROWS = 64  # rows whose tokens are used to measure
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """What training did. metrics: one row an update; times in seconds, memory in GiB.
 
-    plan_s: for measuring what a token costs, most of which is compiling. started_s: from the start of the process to the
+    plan_s: to measure what a token costs; most of it is compiling. started_s: from the start of the process to the
     end of its first update.
     """
 
@@ -76,7 +76,7 @@ def fit(
 ) -> Fit:  # fmt: skip
     """Train the adapter of `model` in place, from the newest whole checkpoint in `folder` if there is one.
 
-    recorded: the plan of a recorded run, which is followed: other pieces round differently.
+    recorded: the plan of a recorded run. It is followed, because other pieces would round differently.
 
     Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Diverged where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
@@ -193,7 +193,7 @@ def _arguments(settings: Settings, checkpoints: Path) -> Any:
         fp16=cuda and dtype is torch.float16,
         use_cpu=not cuda,
         gradient_checkpointing=False,  # the plan decides: Engine.recompute
-        router_aux_loss_coef=0.0,  # the loss is the labels' alone: trl would add experts' balance, once for each piece
+        router_aux_loss_coef=0.0,  # the loss comes from the labels alone: trl would add the experts' balance, once for each piece
         max_length=settings.max_seq_length,
         dataset_num_proc=None,
         logging_steps=1,  # every update is recorded; LOGGING_STEPS is about the lines printed

@@ -1,4 +1,4 @@
-"""Which rows make which update. The order is that of transformers' trainer, so it can be looked at before there is one."""
+"""Which rows make which update. The order is that of transformers' trainer, and is known before there is a trainer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Order:
 
     @classmethod
     def of(cls, lengths: list[int], rows: int, max_steps: int, epochs: float, seed: int) -> Order:
-        """The order of a run with MAX_STEPS updates, or where that is -1 of so many epochs."""
+        """The order of a run with MAX_STEPS updates; if that is -1, of a run with so many epochs."""
         updates = max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(len(lengths) / rows))
         return cls(lengths, rows, updates, seed)
 

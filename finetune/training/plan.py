@@ -1,8 +1,8 @@
 """Arithmetic: how the rows of one update are cut into pieces that fit the memory. Standard library only.
 
-The recipe fixes how many rows make an update; in how many forward passes they go through the model changes nothing but
-rounding, time and memory. `choose` takes the fewest pieces that fit, and then recomputes the activations of as few layers as
-possible. A piece's memory is worked out from what a token costs, which `finetune.training.probe` measures on the model itself.
+The recipe fixes how many rows make an update. The number of forward passes for them changes only rounding, time and
+memory. `choose` takes the fewest pieces that fit, and then recomputes the activations of as few layers as possible. A
+piece's memory is worked out from what a token costs, which `finetune.training.probe` measures on the model itself.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Cost:
     def peak(self, tokens: int, recomputed: int) -> float:
         """Peak memory of a piece of `tokens` tokens with the first `recomputed` layers recomputed, in bytes.
 
-        It is reached at the loss, in the first backward step of a layer that was kept, or of one that is recomputed: its
+        The peak is at the loss, or in the first backward step of a kept layer, or of a recomputed one. A recomputed layer's
         activations come back when those of the layers after it are gone.
         """
         inputs = (self.outside + recomputed * self.kept_recomputed) * tokens
@@ -117,7 +117,7 @@ class Plan:
 
 
 def usable(memory: float) -> float:
-    """What may be planned with of `memory` bytes that are free: the allocator's segments are never quite full."""
+    """How many of `memory` free bytes a plan may use: the allocator's segments are never quite full."""
     return 0.98 * memory - 0.1 * GIB
 
 
@@ -134,8 +134,8 @@ def choose(
 
     updates: the lengths of the rows of each, in tokens. padded: a piece is filled up to its longest row. shared: tokens that all
     rows begin with and a piece computes once, copying their keys and values for each row.
-    micro_batch, recomputed: what the user set, which is kept as it is. What is movable moves where that saves a piece. Where
-    nothing fits, the smallest plan is returned: the forecast has a margin, and an out-of-memory error its own way out.
+    micro_batch, recomputed: what the user set, which is kept as it is. What is movable moves if that saves a piece. If
+    nothing fits, the smallest plan is returned: the forecast has a margin, and training makes the plan smaller if memory runs out.
     """
 
     def sizes_of(size: int, lengths: Sequence[int]) -> list[int]:

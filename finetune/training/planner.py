@@ -1,4 +1,4 @@
-"""What a run is planned with: the user's word is kept, and the rest is measured on this GPU (`probe`) and chosen (`plan`)."""
+"""Makes the plan of a run: keeps what the user set, and measures (`probe`) and chooses (`plan`) the rest on this GPU."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
     from finetune.engines.engine import Engine
 
-MOST_UPDATES = 2000  # whose lengths are looked at; a longer run has its way out when memory runs out after all
+MOST_UPDATES = 2000  # whose lengths are read; in a longer run the plan gets smaller if memory runs out later
 MOST_TOKENS = 1024  # of the passes that are measured
-ROOM_TO_DEQUANTIZE = (
-    4  # times what 16-bit copies of the weights take; with less there is no room for whole updates beside them
-)
+# times what 16-bit copies of the weights take; with less there is no room for whole updates beside them
+ROOM_TO_DEQUANTIZE = 4
 OPTIMIZER_BYTES = {
     "adamw_8bit": 2,
     "adamw_torch": 8,
@@ -52,7 +51,7 @@ def memory(settings: Settings) -> float | None:
 class Planner:
     """Plans for `limit` bytes of GPU memory; None: no GPU. It leaves the model placed as the plan says, and without gradients.
 
-    stream: tokens of the first rows, to measure with. longest: of the rows. recompute(n): recompute the first n layers.
+    stream: tokens of the first rows, to measure with. longest: tokens of the longest row. recompute(n): recompute the first n layers.
     """
 
     model: PeftModel
@@ -72,9 +71,9 @@ class Planner:
         return self._placed(self._dequantized() or self._narrow())
 
     def follow(self, recorded: plan.Plan) -> plan.Plan:
-        """A plan made before, with nothing measured.
+        """Follow a plan that was made before, and measure nothing.
 
-        What is compiled is compiled for the same sizes first as by `choose`, lest the order of a sum hang on them.
+        Compile for the same first sizes as `choose` does, because the order of a sum may depend on them.
         """
         placed = self._placed(recorded)
         if not self.batches.pads and self.limit is not None:
@@ -84,7 +83,7 @@ class Planner:
         return placed
 
     def _placed(self, chosen: plan.Plan) -> plan.Plan:
-        """The model placed as a plan says, and the plan as far as that can be."""
+        """Place the model as a plan says. Returns the plan as far as it could be followed."""
         on_host = chosen.embedding_on_host and self.batches.movable() > 0
         self.batches.place_embedding(on_host)
         dequantized = self.batches.dequantize(chosen.dequantized)
@@ -149,9 +148,9 @@ class Planner:
         return shared + most // 2, shared + most
 
     def _loss(self, count: int, recomputed: int) -> torch.Tensor:
-        """A forward pass over so many tokens, as rows of equal lengths after what all begin with.
+        """A forward pass over `count` tokens: the shared prefix, then rows of equal length.
 
-        Where rows are filled up, one is shorter: what is filled up needs a mask, with which attention keeps more for each token.
+        Where rows are padded, one row is shorter: padding needs a mask, and with a mask attention keeps more for each token.
         """
         self.recompute(recomputed)
         stream = list(itertools.islice(itertools.cycle(self.stream), count))

@@ -18,7 +18,7 @@ EFFICIENCY = 0.6  # share of a matrix product's speed that a whole pass reaches 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Bytes after a forward pass, and on top of them in it and in the backward pass; seconds of both."""
+    """alive: bytes after the forward pass. forward, backward: the most bytes above that in each pass. seconds: of both."""
 
     alive: int
     forward: int
@@ -35,7 +35,7 @@ def measure(
     layers: of the model. width: bytes of one token that a recomputed layer keeps. optimizer_bytes: what the optimizer will take.
     sizes: tokens of the two passes between which a straight line is drawn. run(tokens, recomputed) makes a forward pass with the
     first `recomputed` layers recomputed, and returns the loss.
-    partial: whether single layers can be recomputed. Then only a few are not, meanwhile: a small card holds that too.
+    partial: whether single layers can be recomputed. If so, all but a few are recomputed here, which fits a small card too.
     """
     free = min(FREE, layers) if partial else layers
     # The first pass compiles, chooses kernels and makes the gradients; what that takes is no part of a token's cost.
@@ -86,7 +86,7 @@ def speed(size: int) -> float:
     a = torch.randn(size, size, device="cuda").to(dtype)
     count, seconds = 3, 0.0
     a @ a  # the first product of a process sets up the library
-    while seconds < 0.05:  # a GPU that was idle takes its time to come to its clock
+    while seconds < 0.05:  # an idle GPU needs time to reach its full clock
         count *= 4
         torch.cuda.synchronize()
         began = time.perf_counter()

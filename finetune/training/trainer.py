@@ -74,7 +74,7 @@ class StopAtStep(TrainerCallback):
 class UpdateTrainer(Trainer):
     """Makes each update through `Updates`, notes its metrics, and writes checkpoints whole or not at all.
 
-    metrics: one row an update, those of a run that goes on among them.
+    metrics: one row for each update, also for those before a run was resumed.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class UpdateTrainer(Trainer):
     # One update
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], None]:
-        """The rows of the next update, not yet a tensor. unsloth has put one that counts labels in tensors in transformers' place."""
+        """The rows of the next update, not yet tensors. unsloth replaces transformers' method by one that counts labels in tensors."""
         found = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         return found, None
 
@@ -148,9 +148,9 @@ class UpdateTrainer(Trainer):
         console.beat("training")
 
     def _left_out(self) -> bool:
-        """Whether GradScaler passed over this update: in float16 gradients are scaled up until they overflow, and then by half as much.
+        """Whether GradScaler skipped this update. In float16 it raises the scale until gradients overflow, then halves it.
 
-        Where they overflow unscaled, they are what has diverged.
+        If gradients overflow even unscaled, training has diverged.
         """
         scaler = self.accelerator.scaler
         return scaler is not None and self.accelerator.optimizer_step_was_skipped and scaler.get_scale() >= 1
@@ -186,7 +186,7 @@ class UpdateTrainer(Trainer):
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRows:
-    """The rows of one update, closed to accelerate, which would look at every single token on the way to the GPU."""
+    """The rows of one update, hidden from accelerate, which would visit every single token on the way to the GPU."""
 
     rows: list[Row]
 

@@ -1,4 +1,4 @@
-"""`ask`: the trained model's answer, by the adapter on its base in 4 bits as trained, else by the merged weights."""
+"""`ask`: the trained model's answer, from the adapter on its base (in 4 bits if trained so), otherwise from the merged weights."""
 
 from __future__ import annotations
 

@@ -70,9 +70,8 @@ def write(path: Path, values: Mapping[str, str]) -> None:
         lines = [piece.original.string for piece in pieces]
         end = "\r\n" if "\r\n" in text else "\n"
         for name, value in values.items():
-            last = max(
-                (i for i, piece in enumerate(pieces) if piece.key == name), default=None
-            )  # dotenv takes the last
+            # dotenv takes the last
+            last = max((i for i, piece in enumerate(pieces) if piece.key == name), default=None)
             if last is not None:
                 lines[last] = _replaced(lines[last], name, value)
                 continue

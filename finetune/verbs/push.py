@@ -1,4 +1,4 @@
-"""`push`: publish what an earlier run left in OUTPUT_DIR, once every file was found to be as the run wrote it."""
+"""`push`: publish what an earlier run left in OUTPUT_DIR, after a check that every file is as the run wrote it."""
 
 from __future__ import annotations
 

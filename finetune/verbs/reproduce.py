@@ -1,4 +1,4 @@
-"""`reproduce RUN_JSON`: a recorded run made again in a folder of its own, and what came of it held against the record."""
+"""`reproduce RUN_JSON`: make a recorded run again in a folder of its own, and compare the result with the record."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(settings: Settings, environ: Mapping[str, str], word: str) -> None:
 
 
 def judge(path: Path, recorded: Record, made: Record, tolerance: float | None) -> str:
-    """What is said where the run was reproduced, or came close enough. Raises NotReproduced after printing the differences."""
+    """The text to print if the run was reproduced or came close enough. If not, print the differences and raise NotReproduced."""
     old, new = weights(recorded), weights(made)
     parts = {name.split("/")[0] for name in old} & {name.split("/")[0] for name in new}
     compared = sorted(name for name in {*old, *new} if name.split("/")[0] in parts)

@@ -31,7 +31,7 @@ def lines(settings: Settings) -> Iterator[str]:
         return
     try:
         yield _weights(output, kept, record, settings)
-    except SettingsError as error:  # of a base that is the recorded one: so it is the output that does not fit
+    except SettingsError as error:  # the base is the recorded one, so the fault is in the output
         raise OutputError(*error.problems) from None
 
 

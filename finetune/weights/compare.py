@@ -1,4 +1,4 @@
-"""What a run left, held against what it has to be: merged against base + adapter, or each for itself."""
+"""Compares what a run left with what it must be: merged with base + adapter, or each by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.weights.sums import WORKERS, Counts, Sums, blocks, finite
 
 
 def compare(source: Source, output: Path, old: bool = False) -> Counts:
-    """Hold `output`/merged against base and `output`/adapter, block by block.
+    """Compare `output`/merged with base and `output`/adapter, block by block.
 
     old: the tensors have the types of the old rule (`sums.Sums`).
 
@@ -42,13 +42,13 @@ def _wrong_index(folder: Path, paths: list[Path]) -> list[str]:
     """The sentence for an index that is not that of these shards. One shard needs none."""
     if len(paths) == 1 or json.loads((folder / INDEX).read_bytes()) == index(paths):
         return []
-    return [f"{folder / INDEX}: does not say what is in the shards"]
+    return [f"{folder / INDEX}: the index does not match the tensors in the shards"]
 
 
 def structure(output: Path) -> str:
     """What can be told of adapter and merged weights without their base, in words. One block at a time.
 
-    Raises SettingsError that names each tensor that is not finite, lacks its place, or is not where the index says.
+    Raises SettingsError that names each tensor that is not finite, is missing, or is not where the index says.
     """
     problems, said = [], []
     adapter = Adapter(output / "adapter") if (output / "adapter").is_dir() else None

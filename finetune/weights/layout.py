@@ -25,13 +25,13 @@ class Layout:
 
     transposed: modules that store (in, out).
 
-    Names in the files are often other ones than in the model, and names alone mislead: below the same end stand layers
-    of the language model, of towers for pictures and sound, and of those that predict further tokens (MTP), which are
-    not loaded.
+    Names in the files often differ from those in the model, and names alone mislead: the same last part is in layers of
+    the language model, of towers for pictures and sound, and of those that predict further tokens (MTP), which are not
+    loaded.
     """
 
     def __init__(self, base: Base, modules: Collection[str]):
-        """modules: of the adapter. Of the classes that take the base it is the one in which most of them are found."""
+        """modules: of the adapter. Of the classes that can load the base, the one with most of these modules is taken."""
         self.base, best, found = base, -1, dict[str, Any]()
         for model in _models(base.folder):
             inside = dict(model.named_modules())
@@ -41,7 +41,7 @@ class Layout:
                 break
         if not found:
             raise SettingsError(
-                f"MODEL_NAME={base.folder}: is of a kind that transformers cannot build, so that the merge cannot find "
+                f"MODEL_NAME={base.folder}: is of a type that transformers cannot build, so the merge cannot find "
                 "its weights; set SAVE_MERGED=0"
             )
         self.transposed = {name for name, module in found.items() if isinstance(module, Conv1D)}
@@ -53,7 +53,7 @@ class Layout:
         if self.base.shapes.get(name) == shape:
             return name
         raise SettingsError(
-            f"{self.base.folder.name}: the weights of {module} are stored in another form than the model uses, so that "
+            f"{self.base.folder.name}: the weights of {module} are stored in another form than the model uses, so "
             "the merge cannot find them; leave it out of TARGET_MODULES, or set SAVE_MERGED=0"
         )
 
@@ -70,9 +70,9 @@ def _models(folder: Path) -> Iterator[Any]:
 
 
 def _loaded_as(model: Any, names: Collection[str]) -> dict[str, str]:
-    """Name in the model -> name of the tensor that transformers loads there as it is; "" where it makes it of several.
+    """Name in the model -> the tensor that is loaded there unchanged; "" if it is made of several.
 
-    As convert_and_load_state_dict_in_model goes through them: sorted, all renamings, then one conversion; the first
+    In the order of convert_and_load_state_dict_in_model: sorted, all renamings, then one conversion; the first tensor
     counts.
     """
     changes = get_model_conversion_mapping(model)
@@ -110,6 +110,6 @@ def check_mergeable(model: PeftModel, source: Source) -> None:
         rest = ",".join(sorted(found - lost))
         raise SettingsError(
             f"TARGET_MODULES: {source.name} stores the weights of {', '.join(sorted(lost))} in another form than the "
-            "model uses, so that the merge cannot find them; leave them "
+            "model uses, so the merge cannot find them; leave them "
             f"out{rest and f', for example TARGET_MODULES={rest}'}, or set SAVE_MERGED=0"
         )

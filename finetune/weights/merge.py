@@ -62,7 +62,7 @@ def merge(source: Source, output: Path, device: str = "cpu", words: Mapping[str,
         if len(paths) > 1:
             files.write_json(partial / INDEX, index(paths))
         _write_configs(source, base, sums.dtypes, partial, words)
-    except BaseException as error:  # whatever ends it: no half a model stays on the disk
+    except BaseException as error:  # whatever the error: no part of a model stays on the disk
         files.remove(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise MachineError(
@@ -104,8 +104,8 @@ def _write_configs(
 ) -> None:
     """config.json with the type of the weights, generation_config.json, tokenizer and processor, all the base's own.
 
-    The type is that of most merged weights. What the base's config.json says may be another one, in which they would
-    be loaded and rounded.
+    The type is that of most merged weights. The base's config.json may name another one, and loading would round the
+    weights to it.
     """
     config = json.loads((source.folder / "config.json").read_bytes())
     config.pop("torch_dtype", None)

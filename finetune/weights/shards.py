@@ -20,8 +20,8 @@ from finetune.weights import safetensors
 
 # Weights that are added at once, the same on every device: BLAS may add in another order where a matrix has another
 # shape. Another order changes the last bit of most float64 sums, and 3e-14 of them then round to another bfloat16.
-# Malloc keeps the 8 MB of float64 for the next block; 32 MB it would take from the system each time, and a sum takes 5
-# times as long.
+# Malloc keeps the 8 MB of float64 for the next block. It would take 32 MB from the system each time, and a sum would
+# take 5 times as long.
 BLOCK = 2**20
 CODES = {
     "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64", "I32": "int32",
@@ -30,7 +30,7 @@ CODES = {
 
 
 class Shard:
-    """One file of weights, read block by block; read, not mapped, so that memory stays that of a block."""
+    """One file of weights, read block by block. It is read, not mapped, so that one block at a time is in memory."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -47,7 +47,7 @@ class Shard:
                 )
             self.dtypes = {name: getattr(torch, CODES[self.header[name]["dtype"]]) for name in self.names}
         else:
-            # before 1.6 torch.save wrote no zip archive, and nothing else can be mapped
+            # torch.save before 1.6 wrote no zip archive, and only a zip archive can be mapped
             mapped = zipfile.is_zipfile(path)
             self.loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
             self.names = sorted(name for name, value in self.loaded.items() if isinstance(value, torch.Tensor))

@@ -26,7 +26,7 @@ WORKERS = min(4, os.cpu_count() or 1)
 class Counts:
     """What the merged tensors are.
 
-    changed: targets whose weights moved; rounded_away: targets that 16 bits left as the base's. unreached: targets for
+    changed: targets whose weights moved; rounded_away: targets whose change was too small for 16 bits. unreached: targets for
     which nothing was learned, such as layers without a gradient; unreached_first: one of them. kept: tensors without a
     target, equal to the base's bit for bit; rounded: to the base's, rounded to bfloat16.
     """
@@ -61,11 +61,11 @@ class Sums:
         self.dtypes, self.changed = _merged_dtypes(base, old), set[str]()
         self.kept = [name for name in base.shapes if name not in self.targets]
         self.rounded = [name for name in self.kept if self.dtypes[name] != base.dtypes[name]]
-        # B begins with zeros: it still holds nothing else where no gradient came
+        # B begins with zeros, and keeps them where no gradient came
         pairs = ((name, target) for name, target in self.targets.items() if isinstance(target, tuple))
         self.unreached = {name for name, pair in pairs if not all(bool(factor.any()) for factor in pair)}
-        # of the tensors under way: in float64 the whole adapter takes 0.3 GB of an 8B model's card at rank 16, 5 GB at
-        # 256
+        # only of the tensors in work: for an 8B model the whole adapter in float64 takes 0.3 GB of the card at rank 16,
+        # 5 GB at 256
         self.factors = functools.lru_cache(2 * WORKERS)(lambda name: [f.to(device) for f in self.targets[name]])
 
     def merged(self, block: Block) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class Sums:
         return before, exact.to(before.dtype)
 
     def counts(self) -> Counts:
-        """Of what was checked."""
+        """The counts of what was checked."""
         changed, unreached = len(self.changed), sorted(self.unreached - self.changed)
         return Counts(
             changed=changed,
@@ -125,8 +125,8 @@ def _merged_dtypes(base: Base, old: bool) -> dict[str, torch.dtype]:
     """The type of each merged tensor: the base's own, but a base that is float32 or float64 as a whole becomes 16-bit.
 
     Its matrices then become bfloat16, which has their range. What has fewer dimensions stays (norms, biases, A_log):
-    it is small, and the model may need its last bits. old: as programs before this rule did it, who rounded all that
-    is wide.
+    it is small, and the model may need its last bits. old: the rule of earlier programs, which rounded all
+    wide tensors.
     """
     wide = (torch.float32, torch.float64)
     if not old and most(base, base.dtypes) not in wide:

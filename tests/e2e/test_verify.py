@@ -170,7 +170,7 @@ def test_without_the_base_what_can_be_told_is_told(run: Path, original: Path, tm
     content["weight_map"].pop(sorted(load_file(path))[0])
     index.write_text(json.dumps(content))
     recorded(run, index)
-    assert f"{index}: does not say what is in the shards" in refused(run)
+    assert f"{index}: the index does not match the tensors in the shards" in refused(run)
 
 
 def test_only_one_of_the_two_was_kept(run: Path) -> None:

@@ -191,10 +191,10 @@ def test_a_model_that_sees_the_tokens_to_come_is_refused(tmp_path: Path, kind: s
     told = kind in ("llama", "qwen2")
     source = Source(kind, None, tiny.model(tmp_path / "base", kind, **dict(is_causal=False) if told else {}))
     settings = Settings.from_env({"LOAD_IN_4BIT": "0", "TARGET_MODULES": "all-linear"})
-    with pytest.raises(SettingsError, match=f"MODEL_NAME={kind}: is no causal language model: .*tokens that follow"):
+    with pytest.raises(SettingsError, match=f"MODEL_NAME={kind}: is not a causal language model: .*later tokens"):
         engine.load(settings, source)
     if kind != "bert-generation":
-        with pytest.raises(SettingsError, match="is no causal language model"):
+        with pytest.raises(SettingsError, match="is not a causal language model"):
             checks.check_causal(source)  # all that unsloth's engine can ask
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.environment import CACHES, layers, variables
+from finetune.environment import CACHES, layered, variables
 from finetune.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +105,6 @@ def test_a_hub_cache_that_can_only_be_read_is_read(place: Path) -> None:
     ("given", "seen"), [({}, "0"), ({"CUDA_VISIBLE_DEVICES": ""}, ""), ({"CUDA_VISIBLE_DEVICES": "1,0"}, "1")]
 )
 def test_one_gpu_is_seen_and_none_where_all_are_hidden(given: dict[str, str], seen: str) -> None:
-    layered = layers({}, {"HOME": "/tmp", "HF_HOME": "", **given})
-    assert "HF_HOME" not in layered
-    assert variables(Settings.from_env(layered), layered)["CUDA_VISIBLE_DEVICES"] == seen
+    found = layered({}, {"HOME": "/tmp", "HF_HOME": "", **given})
+    assert "HF_HOME" not in found
+    assert variables(Settings.from_env(found), found)["CUDA_VISIBLE_DEVICES"] == seen

@@ -78,7 +78,7 @@ def test_a_record_under_another_name_has_a_folder_of_its_own(tmp_path: Path) -> 
 @pytest.mark.parametrize("given", ["{}", "{}/../{}", "{}/sub", "{}/adapter/../new/sub"])
 def test_the_folder_of_the_record_is_never_written_to(tmp_path: Path, given: str) -> None:
     path = written(tmp_path, record())
-    with pytest.raises(SettingsError, match="folder of the recorded run"):
+    with pytest.raises(SettingsError, match="the recorded run's folder"):
         restore.restore(path, {}, {"OUTPUT_DIR": given.format(tmp_path, tmp_path.name), "OVERWRITE": "1"})
     beside = restore.restore(path, {}, {"OUTPUT_DIR": f"{tmp_path}-2"})[1]["OUTPUT_DIR"]
     assert beside == f"{tmp_path}-2"
@@ -93,7 +93,7 @@ def test_the_folder_of_the_record_is_known_however_it_is_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     path = written(tmp_path / "outputs", record())
-    with pytest.raises(SettingsError, match="folder of the recorded run"):
+    with pytest.raises(SettingsError, match="the recorded run's folder"):
         restore.restore(path, {}, {"OUTPUT_DIR": given.format(path.parent)})
 
 
@@ -117,7 +117,7 @@ def test_nothing_is_pushed(tmp_path: Path) -> None:
         ("[" * 100_000, ["cannot be read as JSON"]),
         ({"schema_version": 4}, ["schema_version 4, and this program reads 3"]),
         ({"schema_version": "\ud800"}, ['schema_version "\\ud800"']),
-        ({**record(), "files": {"run.md": {"sha256": SHA, "bytes": 1}}}, ["holds no weights"]),
+        ({**record(), "files": {"run.md": {"sha256": SHA, "bytes": 1}}}, ["the record lists no weights"]),
         (
             {**record(), "model": {"commit": 1}, "training": []},
             ["model.commit is 1; it takes a text", "model.files is missing", "training is a list; it takes an object"],
@@ -349,5 +349,5 @@ def test_a_reproduction_does_not_replace_its_own_base(tmp_path: Path) -> None:
     (tmp_path / "record").mkdir()
     path = written(tmp_path / "record", record())
     answer = call("reproduce", str(path), f"OUTPUT_DIR={output}", f"MODEL_NAME={output}/merged", "DATASET_NAME=samples", "OVERWRITE=1")  # fmt: skip
-    assert answer.returncode == 2 and "lies in what a run in OUTPUT_DIR" in answer.stderr, answer.stderr
+    assert answer.returncode == 2 and "is inside a folder that a run in OUTPUT_DIR" in answer.stderr, answer.stderr
     assert (output / "merged" / "config.json").is_file() and not (output / "run.json").exists()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-Span = tuple[int, int]  # from a character to the one behind the last
+Span = tuple[int, int]  # from the first character to the one after the last
 
 
 class BadRow(Exception):
@@ -24,7 +24,7 @@ class BadRow(Exception):
 class Text:
     """A row's training text, without the EOS at its end.
 
-    answers: the spans that the model shall learn to write. literal: spans of special tokens' text that the row itself holds, and
+    answers: the spans that the model should learn to write. literal: spans of special tokens' text that the row itself holds, and
     that are tokenized as ordinary text. marked: whether the row's own BOS or EOS was taken out at its ends.
     """
 
@@ -66,7 +66,7 @@ class Format(Protocol):
 
     @classmethod
     def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> Format:
-        """The format for a tokenizer. day: what is written where today's date is. Raises SettingsError where it cannot be had."""
+        """The format for a tokenizer. day: written as today's date. Raises SettingsError if the format cannot be made."""
         ...
 
     @property
@@ -91,5 +91,5 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def any_of(texts: list[str]) -> re.Pattern[str]:
-    """A pattern that finds each of the texts; of two at one place the first in the list. Nothing where there are none."""
+    """A pattern that finds each of the texts; if two match at one place, the first in the list. Without texts it finds nothing."""
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

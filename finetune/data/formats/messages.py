@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Turn = dict[str, Any]
 THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
-OPENED = re.compile(r"<think>\s*$")  # a reasoning model's prompt ends so, which no answer has to begin with
+OPENED = re.compile(r"<think>\s*$")  # how the prompt of a reasoning model ends; an answer need not begin with it
 NOT_YET = ("tools", "functions", "system")  # columns beside messages that mean something, and that are not read
 
 
@@ -109,7 +109,7 @@ class Messages:
                     copy.deepcopy(turns), tokenize=False, add_generation_prompt=asking, strftime_now=self.day.strftime
                 )
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates may raise anything
             raise BadRow(f"is refused by the model's chat template ({first_line(error)})") from None
 
     def prompt(self, question: str) -> str:
@@ -163,9 +163,8 @@ class Messages:
     def _places(self, turns: list[Turn], pieces: list[Piece], text: str) -> list[Span]:
         """Where each piece stands in `text`. Raises BadRow that names what is not there."""
         salt = next(salt for salt in map(str, itertools.count()) if f"Qx{salt}x" not in text)
-        marks = [
-            f"Qx{salt}x{number}xQ" for number in range(len(pieces))
-        ]  # letters alone: a template may write it as JSON
+        # letters and digits alone: a template may write it as JSON
+        marks = [f"Qx{salt}x{number}xQ" for number in range(len(pieces))]
         shadow = copy.deepcopy(turns)
         for piece, mark in reversed(list(zip(pieces, marks, strict=True))):  # from the back: places before stay right
             holder: Any = shadow[piece.turn]
@@ -193,7 +192,7 @@ class Messages:
         return self._found(pieces, text, turns)
 
     def _found(self, pieces: list[Piece], text: str, turns: list[Turn]) -> list[Span]:
-        """The same by looking for each piece behind the one before it, where what a template writes depends on what is said."""
+        """The same, found by searching for each piece after the one before it: for templates whose own text depends on the messages."""
         places, at = [], 0
         for piece in pieces:
             start = text.find(piece.text, at)
@@ -240,7 +239,9 @@ class Messages:
         asked = text.rfind(self.asks, before, start) if self.asks else -1
         if asked >= 0:
             start = asked + len(self.asks)
-        elif number:  # a template that adds nothing to ask: all that it writes before the turn asks for it
+        elif (
+            number
+        ):  # the template adds nothing to ask for an answer: then all that it writes before the turn asks for it
             asking = OPENED.sub("", self.written(turns[:number], asking=True))
             if text.startswith(asking) and before <= len(asking) <= start:
                 start = len(asking)

@@ -131,8 +131,7 @@ class Columns:
         """The template up to its answer."""
         return self.template.prompt(question)
 
-    # BOS and EOS that people write at the ends of a row. Not where the value holds the other of the two as well: `<s>` and `</s>`
-    # are HTML too.
+    # Remove BOS and EOS that people write at the ends of a row. But not if the value holds both: `<s>` and `</s>` are HTML too.
 
     def _without_bos(self, value: str) -> str:
         html = bool(self.eos) and self.eos in value

@@ -10,7 +10,7 @@ CHUNK = 512  # tokens whose logits exist at a time: 0.12 GiB in bfloat16 at 128,
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Cross entropy of hidden (tokens, width) against labels (tokens,), summed as often as `counted` (tokens,) says.
+    """Summed cross entropy of hidden (tokens, width) and labels (tokens,). counted (tokens,): how often each token counts.
 
     weight: frozen, (words, width).
 
@@ -30,7 +30,7 @@ class CrossEntropy(torch.autograd.Function):
             losses, slope = step(hidden[part] @ weight.t(), labels[part], counted[part])
             total += losses.sum()
             torch.mm(slope, weight, out=gradient[part])
-            del slope  # or it stays until there is the next: 0.12 GiB
+            del slope  # otherwise it stays until the next one is made: 0.12 GiB
         ctx.save_for_backward(gradient)
         return total
 

@@ -1,8 +1,8 @@
 """A frozen linear layer and its adapter as one operator, `finetune::lora_linear`: B A x is added by W x's own matrix product.
 
 A sum in float32 that is rounded once keeps what a young adapter adds, which is smaller than the last bit of W x. A CPU sums so; cuBLAS
-on an H100 rounds W x first, as peft does (docs/adr/0403). As an operator with a gradient of its own it is also seen by torch's
-compiler, whose cache bitsandbytes' autograd.Function would keep the layer out of.
+on an H100 rounds W x first, as peft does (docs/adr/0403). It is an operator with its own gradient, so that torch's compiler can cache
+the layer. With bitsandbytes' autograd.Function it could not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def dequantize(layer: Any, on: bool) -> None:
-    """Keep a PEFT layer's frozen 4-bit weight in bfloat16 too, as it is multiplied, or no longer. The results are the same."""
+    """Keep a bfloat16 copy of a PEFT layer's frozen 4-bit weight for its products, or drop it. The results are the same."""
     base = layer.base_layer
     if on and getattr(base.weight, "quant_state", None) is not None:
         wide = _dequantized(torch.bfloat16, *_parts(base.weight))

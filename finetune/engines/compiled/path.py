@@ -2,8 +2,8 @@
 
 The same mathematics as transformers + peft in bfloat16, in a form that keeps a GPU busy. The rows of a micro-batch lie end to end in
 one row of tokens; `cu_seqlens` says where each stops, and attention sees no further. Each decoder layer runs under torch.compile with
-a symbolic number of tokens, so that it is compiled once. What all rows begin with is computed once (`shared_prefix`). The rest (rotary
-embeddings, norms, the layers' own code) is transformers'.
+a symbolic number of tokens, so that it is compiled once. The prefix that every row shares is computed once (`shared_prefix`). The rest
+(rotary embeddings, norms, the layers' own code) is transformers'.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def applied(
 ) -> Iterator[Packed]:  # fmt: skip
     """`model` on this path for a while; generation works before and after, not in between. On a CPU nothing is compiled.
 
-    max_rows: the most rows of a micro-batch. longest: tokens of the longest. shared: tokens and labels that all rows begin with.
+    max_rows: the most rows of a micro-batch. longest: tokens of the longest. shared: length of the prefix, with its labels, that all rows share.
     """
     base: Any = model.get_base_model()
     decoder = base.model
@@ -63,13 +63,13 @@ def applied(
         if device != "cpu":  # inductor's padding is chosen by timing, anew in every process
             undo.enter_context(patches.compiled(decoder.layers, options={"shape_padding": False}))
         yield made
-        decoder.embed_tokens.to(device)  # not after an error: it may be that it does not fit
+        decoder.embed_tokens.to(device)  # not after an error: it may not fit
 
 
 def _computed_once(model: PeftModel, max_rows: int, shared: int) -> int:
-    """Of the tokens that all rows begin with, all but the last, which is followed by another token in each row.
+    """Tokens of the prefix that are computed once: all but the last, because the token after it differs from row to row.
 
-    None with dropout, which draws for each row anew, and none where that gains nothing.
+    None with dropout, which differs from row to row, and none where that gains nothing.
     """
     return shared - 1 if max_rows > 1 and shared > FEWEST_SHARED and not passes.drops(model) else 0
 
@@ -85,7 +85,7 @@ def _any_length(states: torch.Tensor, *dimensions: int) -> torch.Tensor:
 class Packed:
     """How a micro-batch of `model` is made and computed. max_rows, longest: bounds on its rows and on their tokens.
 
-    shared: tokens that all rows begin with and that are computed once.
+    shared: length of the shared prefix that is computed once.
     """
 
     model: PeftModel
@@ -98,8 +98,8 @@ class Packed:
     def pack(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         """Lay rows end to end, with their shared prefix once before them. ids and positions: (1, tokens); labels: (tokens,).
 
-        weights: (tokens,), how often a token counts as a label. 0: it is none, or nothing before it may predict it. The first that
-        follows the shared prefix is predicted once, for all rows.
+        weights: (tokens,), how often a token counts as a label. 0: it is no label, or no token before it may predict it. The
+        first token after the shared prefix is the same in all rows: it is predicted once and counts for all.
         """
         sizes, shared = [len(row["input_ids"]) for row in rows], self.shared
         parts = [(0, 0, shared), *((row, shared, size) for row, size in enumerate(sizes))]
@@ -152,9 +152,9 @@ class Packed:
         return sum(2 * math.prod(state.shape) for state in states if state is not None)
 
     def dequantize(self, on: bool) -> bool:
-        """Keep the 4-bit weights in 16 bits too, so that no update turns one into the other; or not.
+        """Keep 16-bit copies of the 4-bit weights, so that updates need not convert them; or drop the copies.
 
-        Returns whether they are kept so. Where the memory does not hold them they are not.
+        Returns whether there are copies now: none if the memory cannot hold them.
         """
         try:
             self._keep(dequantized=on)

@@ -37,7 +37,7 @@ def why_not(settings: Settings, gpu: Gpu | None, config: dict[str, Any]) -> str 
 
 
 def _head_width(config: dict[str, Any]) -> int:
-    """Width of an attention head by config.json; 0 where that is damaged: loading the model tells it."""
+    """Width of an attention head by config.json; 0 if that is damaged; loading the model says so."""
     head, hidden, heads = config.get("head_dim"), config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
     if isinstance(head, int):
         return head

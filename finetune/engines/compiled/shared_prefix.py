@@ -55,8 +55,8 @@ def layout(sizes: Sequence[int], shared: int, max_rows: int) -> Layout:
 
 
 def _backward(grad: Tensor, copies: Tensor, rests: Tensor) -> Tensor:
-    # Each token looks up its keys. The other way round, keys adding to tokens, takes atomics, and two runs differ. As an operator:
-    # compiled, the order of this sum would hang on the number of rows that was seen first.
+    # Each token gathers the gradients of its keys. The other way, keys adding to tokens, needs atomics, and two runs would differ. It is
+    # an operator because, if compiled, the order of this sum would depend on the first number of rows that was seen.
     return torch.cat([grad[copies].sum(0), grad[rests]])
 
 
