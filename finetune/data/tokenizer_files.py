@@ -156,9 +156,8 @@ def _differs(one: Any, other: Any, text: str) -> bool:
     second = other.encode(text, add_special_tokens=False)
     try:
         first = one.encode(text, add_special_tokens=False)
-    except (
-        Exception
-    ):  # a class may lack what the text needs, such as an unknown token; tokenizers raises a bare Exception
+    except Exception:
+        # a class may lack what the text needs, such as an unknown token; tokenizers raises a bare Exception
         return True
     decoded = (each.decode(second.ids, skip_special_tokens=False) for each in (one, other))
     return (first.ids, first.offsets) != (second.ids, second.offsets) or len(set(decoded)) > 1

@@ -239,9 +239,8 @@ class Messages:
         asked = text.rfind(self.asks, before, start) if self.asks else -1
         if asked >= 0:
             start = asked + len(self.asks)
-        elif (
-            number
-        ):  # the template adds nothing to ask for an answer: then all that it writes before the turn asks for it
+        elif number:
+            # the template adds nothing to ask for an answer: then all that it writes before the turn asks for it
             asking = OPENED.sub("", self.written(turns[:number], asking=True))
             if text.startswith(asking) and before <= len(asking) <= start:
                 start = len(asking)
