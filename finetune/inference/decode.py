@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ def unserved(model: Any) -> str | None:
     """Why this model is not decoded here, in words; None: it is."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config
+    if "unsloth" in sys.modules:
+        return "unsloth has changed the model's parts"
     if config.model_type not in TYPES or not type(base).__module__.startswith("transformers."):
         return f"it serves {', '.join(TYPES)} as transformers has them, and this is {config.model_type}"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_four_bits_are_folded_as_they_are_dequantized(tmp_path: Path) -> None:
     assert folded == [generated(loaded, prompt, [1]) for prompt in PROMPTS[:2]]
 
 
-def test_what_is_not_served_is_said(tmp_path: Path) -> None:
+def test_what_is_not_served_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, changes, why in (
         ("gpt2", {}, "this is gpt2"),
         ("mistral", dict(sliding_window=64), "sliding window"),
@@ -110,3 +111,5 @@ def test_what_is_not_served_is_said(tmp_path: Path) -> None:
     ):
         place = tiny.model(tmp_path / f"{kind}-{len(changes)}", kind, **changes)
         assert why in str(decode.unserved(AutoModelForCausalLM.from_pretrained(place)))
+    monkeypatch.setitem(sys.modules, "unsloth", None)  # imported by its engine alone, and it patches classes in place
+    assert "unsloth has changed" in str(decode.unserved(model(tmp_path, "llama")))
