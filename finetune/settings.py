@@ -541,7 +541,7 @@ def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
             yield "HUB_MODEL_ID: publishing needs a repository, for example HUB_MODEL_ID=you/DeepSeek-R1-Medical-COT"
         if s.hf_token is None:
             yield "HF_TOKEN: publishing needs a token that may write; set it, or HF_TOKEN_FILE to the file with it"
-        if not s.save_adapter:
+        if s.push_to_hub and not s.save_adapter:
             yield "SAVE_ADAPTER=0: there would be nothing to publish; set SAVE_ADAPTER=1, or PUSH_TO_HUB=0"
     if s.hub_merged_model_id is not None and not s.save_merged:
         yield "HUB_MERGED_MODEL_ID with SAVE_MERGED=0: there would be no merged weights; set SAVE_MERGED=1"

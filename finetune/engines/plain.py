@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from finetune.engines.compiled.path import Packed
-    from finetune.engines.engine import Chosen
     from finetune.sources.model import Source
 
 
@@ -119,9 +118,9 @@ def answering(model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def path(model: PeftModel, choice: Chosen, max_rows: int, longest: int, shared: int) -> Iterator[Packed | None]:
+def path(model: PeftModel, compiled: bool, max_rows: int, longest: int, shared: int) -> Iterator[Packed | None]:
     """The compiled path where it was chosen; else nothing changes."""
-    if not choice.compiled:
+    if not compiled:
         yield None
         return
     from finetune.engines.compiled.path import applied

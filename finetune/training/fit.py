@@ -94,7 +94,7 @@ def fit(
         stop.on_signals(),
         _deterministic(choice.deterministic),
         patches.optimizer_does_not_wait(settings.optim),
-        engine.path(model, choice, settings.rows_per_update, tokens.longest, tokens.common) as packed,
+        engine.path(model, choice.compiled, settings.rows_per_update, tokens.longest, tokens.common) as packed,
     ):
         batches = packed or _batches(model, arguments, tokens, tokenizer, settings, choice)
         stream = list(itertools.chain.from_iterable(tokens.dataset[:STREAM_ROWS]["input_ids"]))
