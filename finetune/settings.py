@@ -508,6 +508,8 @@ def _unknown(names: Mapping[str, str], *, strict: bool) -> Iterator[str]:
         if right is not None:
             shown = "" if right.startswith(tuple(d.name for d in declarations() if d.secret)) else names[name]
             yield f"{name}: there is no such setting; did you mean {right}? For example {right}={shown}"
+        elif strict and upper.startswith(_LIBRARIES):
+            yield f"{name}: is a variable of the libraries and no setting; set it in the environment or in .env, and not here"
         elif strict:
             yield f"{name}: there is no such setting; `env` lists them all, for example MAX_STEPS=60"
 

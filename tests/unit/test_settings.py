@@ -134,6 +134,7 @@ def test_foreign_variables_are_left_alone() -> None:
 def test_unknown_names_on_the_command_line_are_refused() -> None:
     assert "no such setting" in refused({}, {"FOO": "1"})
     assert "did you mean MAX_STEPS?" in refused({}, {"--max_steps": "3"})
+    assert "HF_ENDPOINT: is a variable of the libraries" in refused({}, {"HF_ENDPOINT": "http://127.0.0.1"})
 
 
 def test_the_command_line_wins() -> None:
