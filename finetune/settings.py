@@ -508,6 +508,8 @@ def _unknown(names: Mapping[str, str], *, strict: bool) -> Iterator[str]:
         if right is not None:
             shown = "" if right.startswith(tuple(d.name for d in declarations() if d.secret)) else names[name]
             yield f"{name}: there is no such setting; did you mean {right}? For example {right}={shown}"
+        elif strict and upper.startswith(_LIBRARIES):
+            yield f"{name}: is a variable of the libraries and no setting; set it in the environment or in .env, and not here"
         elif strict:
             yield f"{name}: there is no such setting; `env` lists them all, for example MAX_STEPS=60"
 
@@ -541,7 +543,7 @@ def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
             yield "HUB_MODEL_ID: publishing needs a repository, for example HUB_MODEL_ID=you/DeepSeek-R1-Medical-COT"
         if s.hf_token is None:
             yield "HF_TOKEN: publishing needs a token that may write; set it, or HF_TOKEN_FILE to the file with it"
-        if not s.save_adapter:
+        if s.push_to_hub and not s.save_adapter:
             yield "SAVE_ADAPTER=0: there would be nothing to publish; set SAVE_ADAPTER=1, or PUSH_TO_HUB=0"
     if s.hub_merged_model_id is not None and not s.save_merged:
         yield "HUB_MERGED_MODEL_ID with SAVE_MERGED=0: there would be no merged weights; set SAVE_MERGED=1"

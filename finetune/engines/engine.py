@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from finetune.sources.model import Source
 
 
-class Chosen(Protocol):
-    """What an engine is told of how it was chosen."""
-
-    @property
-    def compiled(self) -> bool: ...
-
-
 class Engine(Protocol):
     """PARTIAL: whether some layers may be recomputed and others not. KEEPS_INPUTS: whether a recomputed layer keeps its input on the GPU."""
 
@@ -49,10 +42,10 @@ class Engine(Protocol):
         """The trainer's argument `gradient_checkpointing` for `count` recomputed layers. True: it may switch all of them on again."""
 
     def path(
-        self, model: PeftModel, choice: Chosen, max_rows: int, longest: int, shared: int
+        self, model: PeftModel, compiled: bool, max_rows: int, longest: int, shared: int
     ) -> AbstractContextManager[Packed | None]:
         """The model set up for training for a while. Yields the compiled path's micro-batches, or None: the trainer makes its own.
 
-        max_rows: the most rows of a micro-batch. longest: tokens of the longest row. shared: length of
-        the prefix whose tokens and labels are the same in every row.
+        compiled: whether the compiled path was chosen. max_rows: the most rows of a micro-batch. longest: tokens of the longest row.
+        shared: length of the prefix whose tokens and labels are the same in every row.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from finetune import patches
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from finetune.engines.compiled.path import Packed
-    from finetune.engines.engine import Chosen
     from finetune.sources.model import Source
 
 
@@ -118,16 +118,15 @@ def answering(model: PeftModel) -> Iterator[None]:
         model.train()
 
 
-@contextlib.contextmanager
-def path(model: PeftModel, choice: Chosen, max_rows: int, longest: int, shared: int) -> Iterator[Packed | None]:
+def path(
+    model: PeftModel, compiled: bool, max_rows: int, longest: int, shared: int
+) -> AbstractContextManager[Packed | None]:
     """The compiled path where it was chosen; else nothing changes."""
-    if not choice.compiled:
-        yield None
-        return
+    if not compiled:
+        return contextlib.nullcontext()
     from finetune.engines.compiled.path import applied
 
-    with applied(model, max_rows, longest, shared=shared) as packed:
-        yield packed
+    return applied(model, max_rows, longest, shared=shared)
 
 
 def layers(model: PeftModel) -> int:

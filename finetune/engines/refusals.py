@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from finetune.errors import MachineError, SettingsError, first_line
+from finetune.settings import Settings
 from finetune.sources.model import Source
 
 
@@ -54,5 +55,5 @@ def not_causal(source: Source) -> SettingsError:
     """The refusal of a model whose prediction of a token depends on later tokens."""
     return SettingsError(
         f"MODEL_NAME={source.name}: is not a causal language model: its prediction of a token depends on later tokens, so it would "
-        "learn to copy. Take a model that generates text, for example unsloth/DeepSeek-R1-Distill-Llama-8B"
+        f"learn to copy. Take a model that generates text, for example {Settings.model_name}"
     )

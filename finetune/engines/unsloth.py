@@ -15,7 +15,6 @@ from finetune.settings import Settings
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from finetune.engines.engine import Chosen
     from finetune.sources.model import Source
 
 
@@ -87,7 +86,7 @@ def answering(model: PeftModel) -> Iterator[None]:
         FastLanguageModel.for_training(model)
 
 
-def path(model: PeftModel, choice: Chosen, max_rows: int, longest: int, shared: int) -> AbstractContextManager[None]:
+def path(model: PeftModel, compiled: bool, max_rows: int, longest: int, shared: int) -> AbstractContextManager[None]:
     """unsloth has patched the model already."""
     return contextlib.nullcontext()
 

@@ -330,8 +330,8 @@ def read(path: Path, refusal: type[Refusal]) -> Record:
     """
     try:
         record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError):  # a file was named where a folder is meant
+        raise FileNotFoundError(path) from None
     except (OSError, ValueError, RecursionError) as error:
         raise refusal(f"{path}: cannot be read as JSON ({error}); take a copy as a run wrote it") from None
     if not isinstance(record, dict) or "schema_version" not in record:

@@ -69,9 +69,14 @@ def summary(output: Path, record: Record) -> str:
                 f"note: {verified['rounded_away']} adapted tensors did not change: the learning was too small for 16 bits"
             )
         if verified["unreached"]:
+            why = (
+                "TARGET_MODULES may name layers that this training does not use"
+                if verified["changed"] or verified["rounded_away"]
+                else "the first update has a learning rate of 0 where WARMUP_STEPS is not 0; make more, for example MAX_STEPS=60"
+            )
             lines.append(
                 f"note: {verified['unreached']} adapted tensors did not change: nothing was learned for them, as for "
-                f"{verified['unreached_first']}; TARGET_MODULES may name layers that this training does not use"
+                f"{verified['unreached_first']}; {why}"
             )
     for name, what in MADE.items():
         if (output / name).exists():

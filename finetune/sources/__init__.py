@@ -39,9 +39,9 @@ class Hub(Protocol):
         """All rows of a split of DATASET_NAME, and their commit; None: unknown."""
 
 
-def hub(name: str = "huggingface") -> Hub:
-    """The module of a hub, imported only now: its client takes 0.2 s, and `check` needs none."""
-    found: Hub = importlib.import_module(HUBS[name])
+def hub() -> Hub:
+    """The module of the hub, imported only now: its client takes 0.2 s, and `check` needs none."""
+    found: Hub = importlib.import_module(HUBS["huggingface"])
     return found
 
 

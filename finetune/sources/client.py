@@ -12,8 +12,6 @@ from huggingface_hub import constants, errors
 from finetune.errors import HubError, MachineError, SettingsError, first_line
 from finetune.settings import Settings
 
-EXAMPLES = {"DATASET_NAME": "FreedomIntelligence/medical-o1-reasoning-SFT"}
-
 
 def token(settings: Settings) -> str | bool:
     """The token for one call; False keeps the client from looking for a saved one that the user did not name."""
@@ -38,7 +36,7 @@ def explained(variable: str, name: str, revision: str = "main") -> Iterator[None
     except errors.RepositoryNotFoundError:
         raise SettingsError(
             f"{shown}: the Hub has no such repository, or it is private and HF_TOKEN has no access to it; "
-            f"for example {EXAMPLES.get(variable, 'unsloth/DeepSeek-R1-Distill-Llama-8B')}"
+            f"for example {Settings.dataset_name if variable == 'DATASET_NAME' else Settings.model_name}"
         ) from None
     except errors.RevisionNotFoundError:
         raise SettingsError(

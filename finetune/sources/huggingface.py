@@ -70,7 +70,9 @@ def login(settings: Settings, publishes: bool) -> None:
         return
     if constants.is_offline_mode():
         if publishes:
-            raise HubError("HF_HUB_OFFLINE=1: publishing needs the Hub; unset it, or do not publish (PUSH_TO_HUB=0)")
+            raise HubError(
+                "HF_HUB_OFFLINE=1: publishing needs the Hub; unset it, or train with PUSH_TO_HUB=0 and `push` later"
+            )
         print("Hub: offline, the token is not checked", flush=True)
         return
     with explained("HF_TOKEN", "<SECRET>"):

@@ -35,7 +35,7 @@ def publish(settings: Settings, output: Path) -> None:
             raise SettingsError(
                 f"{output / folder}: is not there, so {variable} cannot be published; train first, or unset {variable}"
             )
-        with _goes_on(settings.hub_model_id, output), explained(variable, repository):
+        with _goes_on(settings, output), explained(variable, repository):
             full = api.create_repo(repository, private=settings.hub_private_repo, exist_ok=True).repo_id
             print(f"Hub: publishing {folder} to {full}", flush=True)
             upload = functools.partial(api.upload_folder, repo_id=full, folder_path=output / folder)
@@ -57,13 +57,16 @@ def _patiently(call: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _goes_on(repository: str | None, output: Path) -> Iterator[None]:
-    """Add to a refusal how to publish later."""
+def _goes_on(settings: Settings, output: Path) -> Iterator[None]:
+    """Add to a refusal how to publish later: all that was asked for, since what is there already makes no new commit."""
+    wanted = f"HUB_MODEL_ID={settings.hub_model_id}"
+    if settings.hub_merged_model_id:
+        wanted += f" HUB_MERGED_MODEL_ID={settings.hub_merged_model_id}"
     try:
         yield
     except (HubError, SettingsError, MachineError) as error:
         raise HubError(
             *error.problems,
-            f"Everything is still in {output}. To publish it: python entrypoint.py push HUB_MODEL_ID={repository} "
+            f"Everything is still in {output}. To publish it: python entrypoint.py push {wanted} "
             f"OUTPUT_DIR={output} (or make push-hub); no GPU is needed.",
         ) from None

@@ -50,7 +50,6 @@ class Fit:
     plan_s: float
     first_step_s: float
     started_s: float
-    train_s: float
     peak_gib: float
     plan: plan.Plan
 
@@ -95,7 +94,7 @@ def fit(
         stop.on_signals(),
         _deterministic(choice.deterministic),
         patches.optimizer_does_not_wait(settings.optim),
-        engine.path(model, choice, settings.rows_per_update, tokens.longest, tokens.common) as packed,
+        engine.path(model, choice.compiled, settings.rows_per_update, tokens.longest, tokens.common) as packed,
     ):
         batches = packed or _batches(model, arguments, tokens, tokenizer, settings, choice)
         stream = list(itertools.chain.from_iterable(tokens.dataset[:STREAM_ROWS]["input_ids"]))
@@ -116,14 +115,12 @@ def fit(
         )
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
         if resume is not None and checkpoints.is_last(resume):
             # killed while merging: transformers would make one update more
             trainer._load_from_checkpoint(str(resume))
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     progress.close()
-    seconds = time.perf_counter() - began
     if stop.signal is not None:
         print(f"stopped at update {trainer.state.global_step}; the same command goes on from there", flush=True)
         raise SystemExit(128 + stop.signal)
@@ -133,7 +130,6 @@ def fit(
         plan_s=plan_s,
         first_step_s=trainer.first_step_s,
         started_s=trainer.started_s,
-        train_s=seconds,
         peak_gib=peak_gib(),
         plan=updates.plan,
     )

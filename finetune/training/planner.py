@@ -155,7 +155,9 @@ class Planner:
         self.recompute(recomputed)
         stream = list(itertools.islice(itertools.cycle(self.stream), count))
         begin, rest = stream[: self.batches.shared], stream[self.batches.shared :]
-        filled = self.batches.pads and len(rest) > 2 and self._most_rows() > 1
+        filled = (
+            self.batches.pads and len(rest) > 2 and (self.settings.micro_batch or self.settings.rows_per_update) > 1
+        )
         rows = max(1 + filled, math.ceil(len(rest) / (self.longest - len(begin))))
         parts = [[*begin, *part] for part in plan.pieces(rest, math.ceil(len(rest) / rows))]
         if filled and len(parts[-1]) == len(parts[0]):
@@ -171,6 +173,3 @@ class Planner:
             shared=self.batches.shared, micro_batch=self.settings.micro_batch,
             recomputed=None if recomputes is None else layers * recomputes,
         )  # fmt: skip
-
-    def _most_rows(self) -> int:
-        return self.settings.micro_batch or self.settings.rows_per_update

@@ -83,7 +83,7 @@ class UpdateTrainer(Trainer):
     ):  # fmt: skip
         """keep: checkpoints that stay."""
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=_as_they_are)
-        self.updates, self.metrics, self.progress, self.stop, self.keep = updates, metrics, progress, stop, keep
+        self.updates, self.metrics, self.progress, self.keep = updates, metrics, progress, keep
         self.folder = Path(args.output_dir)
         self.first_step_s = self.started_s = 0.0
         self.tokens, self.clock = 0, time.perf_counter()

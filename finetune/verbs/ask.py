@@ -14,8 +14,6 @@ from finetune.run.record import Record
 from finetune.settings import Settings
 from finetune.sources.model import Source
 
-LENGTH = 1200  # of an answer in tokens, where MAX_NEW_TOKENS=0 asked for none in training
-
 
 def run(settings: Settings, environ: Mapping[str, str], question: str) -> None:
     """Print the answer. MODEL_NAME, where it is given, says where the base is now.
@@ -40,8 +38,9 @@ def run(settings: Settings, environ: Mapping[str, str], question: str) -> None:
     )
     model, tokenizer = load.load(there[0] if base else output / "merged", base, as_trained)
     form = data.format_of(record["dataset"]["format"], tokenizer, as_trained, folder.day_of(record))
+    length = settings.max_new_tokens or Settings.max_new_tokens  # 0 asked for no answer in training
     with refusals.memory_told("ask for fewer tokens, for example MAX_NEW_TOKENS=200"):
-        answer.answer(model, tokenizer, form.prompt(question), settings.max_new_tokens or LENGTH, show=True)
+        answer.answer(model, tokenizer, form.prompt(question), length, show=True)
 
 
 def _base(record: Record, settings: Settings, output: Path) -> Source | None:

@@ -42,9 +42,10 @@ def judge(path: Path, recorded: Record, made: Record, tolerance: float | None) -
     parts = {name.split("/")[0] for name in old} & {name.split("/")[0] for name in new}
     compared = sorted(name for name in {*old, *new} if name.split("/")[0] in parts)
     differ = [name for name in compared if old.get(name) != new.get(name)]
-    lines = [*table(differences(recorded, made))]
+    found = differences(recorded, made)
+    lines = table(found)
     for name in sorted({"adapter", "merged"} - parts):
-        of_record, of_this = (any(n.startswith(name) for n in found) for found in (old, new))
+        of_record, of_this = (any(n.startswith(name) for n in side) for side in (old, new))
         where = "the record" if of_record else "this run" if of_this else "neither"
         lines.append(f"{name} weights: only in {where}, not compared")
     if not differ:
@@ -55,7 +56,7 @@ def judge(path: Path, recorded: Record, made: Record, tolerance: float | None) -
     lines += [f"{name}: recorded {old.get(name, 'none')[:16]}, here {new.get(name, 'none')[:16]}" for name in differ]
     apart, largest = losses(recorded["training"]["losses"], made["training"]["losses"])
     lines += apart
-    others = [name for name, *_ in differences(recorded, made) if name.startswith(("setting ", "engine name"))]
+    others = [name for name, *_ in found if name.startswith(("setting ", "engine name"))]
     if tolerance is not None and not others and largest is not None and largest <= tolerance:
         lines.append(
             f"WITHIN TOLERANCE={tolerance:g}: the bytes differ, the losses differ by {largest:.2g} at most: {path}"

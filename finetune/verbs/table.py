@@ -141,7 +141,9 @@ def parse(argv: list[str]) -> Call:
     elif verb.example:
         raise SettingsError(f"{verb.name}: needs {verb.word}, for example: {verb.example}")
     if wrong := [given for given in words if "=" not in given]:
-        raise SettingsError(f"{wrong[0]}: not understood; settings are given as NAME=value, for example MAX_STEPS=60")
+        raise SettingsError(
+            f"{wrong[0] or 'an empty word'}: not understood; settings are given as NAME=value, for example MAX_STEPS=60"
+        )
     line = dict(given.split("=", 1) for given in words)
     return Call(verb, word, {verb.setting: word, **line} if verb.setting and word else line)
 

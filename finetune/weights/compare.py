@@ -13,15 +13,13 @@ from finetune.weights.shards import Base, index, made_of, shard_names
 from finetune.weights.sums import WORKERS, Counts, Sums, blocks, finite
 
 
-def compare(source: Source, output: Path, old: bool = False) -> Counts:
+def compare(source: Source, output: Path) -> Counts:
     """Compare `output`/merged with base and `output`/adapter, block by block.
-
-    old: the tensors have the types of the old rule (`sums.Sums`).
 
     Raises SettingsError that names, for each shard, the first tensor that is not what it must be.
     """
     base, folder, problems = Base(source.folder), output / "merged", list[str]()
-    sums = Sums(base, Adapter(output / "adapter"), "cpu", old)
+    sums = Sums(base, Adapter(output / "adapter"), "cpu")
     paths = [folder / name for name in shard_names(len(base.shards))]
     if weight_files(folder) != [path.name for path in paths]:
         names = ", ".join(path.name for path in paths)

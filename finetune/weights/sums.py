@@ -50,15 +50,11 @@ class Block:
 
 
 class Sums:
-    """base + adapter, block by block.
+    """base + adapter, block by block. device: where the sums are made."""
 
-    device: where the sums are made. old: the merged tensors have the types that older programs gave them, see
-    `_merged_dtypes`.
-    """
-
-    def __init__(self, base: Base, adapter: Adapter, device: str, old: bool = False):
+    def __init__(self, base: Base, adapter: Adapter, device: str):
         self.targets, self.scale, self.device = adapter.locate(base), adapter.scale, device
-        self.dtypes, self.changed = _merged_dtypes(base, old), set[str]()
+        self.dtypes, self.changed = _merged_dtypes(base), set[str]()
         self.kept = [name for name in base.shapes if name not in self.targets]
         self.rounded = [name for name in self.kept if self.dtypes[name] != base.dtypes[name]]
         # B begins with zeros, and keeps them where no gradient came
@@ -121,17 +117,16 @@ def finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or all(map(math.isfinite, tensor.aminmax()))
 
 
-def _merged_dtypes(base: Base, old: bool) -> dict[str, torch.dtype]:
+def _merged_dtypes(base: Base) -> dict[str, torch.dtype]:
     """The type of each merged tensor: the base's own, but a base that is float32 or float64 as a whole becomes 16-bit.
 
     Its matrices then become bfloat16, which has their range. What has fewer dimensions stays (norms, biases, A_log):
-    it is small, and the model may need its last bits. old: the rule of earlier programs, which rounded all
-    wide tensors.
+    it is small, and the model may need its last bits.
     """
     wide = (torch.float32, torch.float64)
-    if not old and most(base, base.dtypes) not in wide:
+    if most(base, base.dtypes) not in wide:
         return dict(base.dtypes)
-    narrowed = {name for name, dtype in base.dtypes.items() if dtype in wide and (old or len(base.shapes[name]) > 1)}
+    narrowed = {name for name, dtype in base.dtypes.items() if dtype in wide and len(base.shapes[name]) > 1}
     return {name: torch.bfloat16 if name in narrowed else dtype for name, dtype in base.dtypes.items()}
 
 

@@ -72,16 +72,17 @@ def test_download_train_and_push(hub: HubServer, tmp_path: Path) -> None:
 
 def test_a_push_that_fails_costs_nothing_and_the_next_one_goes_on(hub: HubServer, tmp_path: Path) -> None:
     hub.fail_next(r"POST .*/commit/", status=403, times=1)
-    answer = call(hub, tmp_path, "train", HF_TOKEN="hf_write", PUSH_TO_HUB=1, HUB_MODEL_ID="tester/out")
+    both = dict(HUB_MODEL_ID="tester/out", HUB_MERGED_MODEL_ID="tester/out-merged")
+    answer = call(hub, tmp_path, "train", HF_TOKEN="hf_write", PUSH_TO_HUB=1, **both)
     assert answer.returncode == 4, answer.stdout + answer.stderr
-    assert (
-        "entrypoint.py push" in answer.stderr and "make push-hub" in answer.stderr and "hf_write" not in answer.stderr
-    )
+    assert "make push-hub" in answer.stderr and "hf_write" not in answer.stderr
     assert (tmp_path / "out" / "run.json").is_file() and (tmp_path / "out" / "merged" / "model.safetensors").is_file()
-    again = call(hub, tmp_path, "push", HF_TOKEN="hf_write", HUB_MODEL_ID="tester/out")
+    words = answer.stderr.partition("entrypoint.py ")[2].partition(" (or")[0].split()
+    again = call(hub, tmp_path, *words, HF_TOKEN="hf_write", SAVE_ADAPTER=0)  # it is there, whatever a next run keeps
     assert again.returncode == 0, again.stderr
     assert "step 1/3" not in again.stdout
     assert published(hub, "tester/out") == on_disk(tmp_path / "out" / "adapter")
+    assert published(hub, "tester/out-merged") == on_disk(tmp_path / "out" / "merged")
     (tmp_path / "out" / "adapter" / "adapter_config.json").write_text("{}")
     damaged = call(hub, tmp_path, "push", HF_TOKEN="hf_write", HUB_MODEL_ID="tester/out")
     assert damaged.returncode == 5 and "adapter/adapter_config.json" in damaged.stderr

@@ -35,7 +35,7 @@ def test_the_compiled_path_gives_the_same_adapter_twice(llama: Path, tmp_path: P
     records = [train(llama, tmp_path / name, **ON_GPU) for name in ("first", "second")]
     for record, name in zip(records, ("first", "second"), strict=True):
         trained(record)
-        assert (record["engine"], adapter(tmp_path / name) != {}) == ("transformers", True)
+        assert adapter(tmp_path / name) and record["engine"]["name"] == "transformers" and record["engine"]["compiled"]
         assert record["training"]["plan"]["forecast_gib"] > 0  # planned by measuring
     first, second = (record["files"]["adapter/adapter_model.safetensors"]["sha256"] for record in records)
     assert first == second
@@ -47,7 +47,7 @@ def test_unsloth_trains(llama: Path, tmp_path: Path, checkpointing: str, four_bi
     values = dict(ENGINE="unsloth", GRADIENT_CHECKPOINTING=checkpointing, LOAD_IN_4BIT=four_bits)
     record = train(llama, tmp_path, **ON_GPU, **values)
     trained(record)
-    assert record["engine"] == "unsloth" and adapter(tmp_path)
+    assert record["engine"]["name"] == "unsloth" and adapter(tmp_path)
     assert record["training"]["plan"]["recomputed"] == (2 if checkpointing == "unsloth" else 0)
     assert record["verification"]
 

@@ -183,6 +183,7 @@ def test_what_is_typed(words: list[str], found: tuple[str, str, dict[str, str]])
     [
         (["ask"], "ask: needs QUESTION, for example: ask 'What"),
         (["reproduce", "SEED=1"], "reproduce: needs RUN_JSON, for"),
+        (["verify", ""], "an empty word: not understood; settings are given"),
     ],
 )
 def test_a_word_that_is_missing_is_named_with_an_example(words: list[str], sentence: str) -> None:
@@ -200,8 +201,10 @@ def test_push_needs_what_publishing_needs_and_sets_nothing(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("verb", ["verify", "ask"])
 def test_a_folder_without_a_run_has_its_own_exit_code(verb: str, tmp_path: Path) -> None:
-    answer = call(verb, *(["What?"] if verb == "ask" else []), f"OUTPUT_DIR={tmp_path}")
-    assert answer.returncode == 5 and "holds no finished run" in answer.stderr, answer.stderr
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file"):
+        answer = call(verb, *(["What?"] if verb == "ask" else []), f"OUTPUT_DIR={place}")
+        assert answer.returncode == 5 and "holds no finished run" in answer.stderr, answer.stderr
 
 
 def test_env_prints_the_reference() -> None:

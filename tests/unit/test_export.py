@@ -382,11 +382,16 @@ def test_layers_that_training_never_reached_are_told_from_too_small_learning(tmp
     assert done.unreached_first == "vision_tower.encoder.layers.0.self_attn.q_proj.bias"
     assert compare(Source("base", None, folder), tmp_path).unreached == 4
     training = dict(steps=1, losses=[2.0, 1.0])
-    said = report.summary(tmp_path, dict(training=training, verification=done.record(), timings=dict(total_s=1), settings=dict(MAX_NEW_TOKENS=0)))  # fmt: skip
+    record: Any = dict(training=training, verification=done.record(), timings=dict(total_s=1), settings=dict(MAX_NEW_TOKENS=0))  # fmt: skip
+    said = report.summary(tmp_path, record)
     assert "note: 1 adapted tensors did not change: the learning was too small for 16 bits" in said
     assert (
-        f"note: 4 adapted tensors did not change: nothing was learned for them, as for {done.unreached_first};" in said
+        f"note: 4 adapted tensors did not change: nothing was learned for them, as for {done.unreached_first}; TARGET_MODULES may"
+        in said
     )
+    record["verification"] |= dict(changed=0, rounded_away=0)  # nothing at all: MAX_STEPS=1 with a warm-up
+    assert "learning rate of 0 where WARMUP_STEPS is not 0" in (said := report.summary(tmp_path, record))
+    assert "TARGET_MODULES" not in said
 
 
 def test_of_several_forms_the_one_that_is_trained_is_merged_into(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return tiny.varlen_attention(*args, **options)
 
     @contextlib.contextmanager
-    def path(model: Any, choice: Choice, max_rows: int, longest: int, shared: int) -> Iterator[Any]:
-        if not choice.compiled:
+    def path(model: Any, chosen: bool, max_rows: int, longest: int, shared: int) -> Iterator[Any]:
+        if not chosen:
             yield None
             return
         with compiled.applied(model, max_rows, longest, "cpu", shared) as packed:

@@ -134,6 +134,7 @@ def test_foreign_variables_are_left_alone() -> None:
 def test_unknown_names_on_the_command_line_are_refused() -> None:
     assert "no such setting" in refused({}, {"FOO": "1"})
     assert "did you mean MAX_STEPS?" in refused({}, {"--max_steps": "3"})
+    assert "HF_ENDPOINT: is a variable of the libraries" in refused({}, {"HF_ENDPOINT": "http://127.0.0.1"})
 
 
 def test_the_command_line_wins() -> None:
@@ -177,6 +178,8 @@ def test_a_push_needs_name_and_token_before_anything_else() -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.from_env({}, {"MAX_STEPS": "0"}, publishes=True)
     assert len(caught.value.problems) == 3 and not any("PUSH_TO_HUB" in problem for problem in caught.value.problems)
+    there = {"SAVE_ADAPTER": "0", "HUB_MODEL_ID": "you/out", "HF_TOKEN": "x"}  # `push` publishes what a run has left
+    assert not Settings.from_env(there, publishes=True).save_adapter
 
 
 def test_every_default_passes_its_own_check() -> None:
