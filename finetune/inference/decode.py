@@ -26,9 +26,14 @@ WARM_UP = 2  # steps before a graph is captured: they choose kernels and allocat
 Product = Callable[[Tensor], Tensor]
 
 
+def _base_of(model: Any) -> Any:
+    """The model itself, or the one that its adapter is on."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def unserved(model: Any) -> str | None:
     """Why this model is not decoded here, in words; None: it is."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     config = base.config
     if "unsloth" in sys.modules:
         return "unsloth has changed the model's parts"
@@ -62,7 +67,7 @@ class Decoder:
     """Decodes greedily with the weights of `model`. folded: adapter and 4-bit weights are folded into 16-bit matrices meanwhile."""
 
     def __init__(self, model: Any, folded: bool):
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = _base_of(model)
         self.base, self.decoder, self.config = base, base.model, base.config
         self.heads, self.kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         self.head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
@@ -245,7 +250,7 @@ def _whole_weight(module: Any, dtype: torch.dtype) -> Tensor:
 
 def folded_bytes(model: Any) -> int:
     """Bytes that `folded` takes on top of the model's own weights."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     linear = (
         m
         for layer in base.model.layers
