@@ -201,10 +201,11 @@ def test_an_answer_that_stands_in_other_words_too_is_found_where_it_is(tmp_path:
     assert re.fullmatch(r"(<think></think>)?e<\|im_end\|><think>is<\|im_end\|>", found), found
 
 
-# as the templates of Mistral 7B v0.3 and Nemo have it: the system prompt stands in the last question
+# as in templates of Mistral's: the system prompt stands in the last question
 MOVED = (
-    "{{ bos_token }}{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
-    "{% if loop.revindex == 2 and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{{ bos_token }}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+    "{% if m == asked[-1] and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 

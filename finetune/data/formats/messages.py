@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -209,8 +208,8 @@ class Messages:
             raise BadRow(f"the model's chat template writes {piece.told(turns)} more than once")
         if before + piece.text + after == text:
             return len(before), len(before) + len(piece.text)
-        first = len(os.path.commonprefix([before, text]))
-        last = len(text) - len(os.path.commonprefix([after[::-1], text[::-1]]))
+        first = _alike(before, text)
+        last = len(text) - _alike(after[::-1], text[::-1])
         again = re.compile(f"(?={re.escape(piece.text)})")
         starts = [
             found.start() for found in again.finditer(text, max(0, first - len(piece.text))) if found.start() <= last
@@ -308,6 +307,11 @@ def _piece(turn: int, what: str, key: str, value: str, start: int, end: int) -> 
     if said:
         start = value.index(said, start)
         yield Piece(turn, what, (key,), start, start + len(said), said)
+
+
+def _alike(one: str, other: str) -> int:
+    """With how many equal characters two texts begin."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _leaves(value: Any) -> Iterator[Any]:
