@@ -25,7 +25,8 @@ class Guard:
     def of(cls, tokenizer: PreTrainedTokenizerBase, own_file: bool) -> Guard:
         """The guard for a tokenizer."""
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        texts = sorted((text for text in added if text.strip()), key=len, reverse=True)
+        # sentencepiece's \u2581 is a space
+        texts = sorted((text for text in added if text.replace("\u2581", " ").strip()), key=len, reverse=True)
         return cls(tokenizer.backend_tokenizer, any_of(texts), own_file)
 
     def check(self, text: str, ids: list[int], cut: bool) -> bool:
@@ -39,20 +40,24 @@ class Guard:
         wanted, found = self._segments(text), self._segments(decoded)
         if _same(wanted, found, cut):
             return False
-        wanted = [self._normal(segment) for segment in wanted]
+        wanted, found = [self._normal(segment) for segment in wanted], [_spaced(segment) for segment in found]
         if _same(wanted, found, cut):
             return True
         bare = functools.partial(re.sub, r"\s+", "")
         if self.own_file and _same([*map(bare, wanted)], [*map(bare, found)], cut):
             return True
-        raise BadRow(f"would lose text in its tokens: {_difference(self._segments(text), found)}")
+        raise BadRow(f"would lose text in its tokens: {_difference(wanted, found)}")
 
     def _segments(self, text: str) -> list[str]:
         return [segment for part in self.separator.split(text) if (segment := part.strip())]
 
     def _normal(self, text: str) -> str:
         normalizer = self.backend.normalizer
-        return str(normalizer.normalize_str(text)).replace("\u2581", " ").strip() if normalizer else text
+        return _spaced(str(normalizer.normalize_str(text)) if normalizer else text)
+
+
+def _spaced(text: str) -> str:
+    return text.replace("\u2581", " ").strip()
 
 
 def _same(wanted: list[str], found: list[str], cut: bool) -> bool:

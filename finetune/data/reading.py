@@ -38,7 +38,7 @@ def _jsonl(path: Path, _: set[str]) -> Iterator[Placed]:
                 continue
             index += 1
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 raise SettingsError(
                     f'{path} line {number}: {_not_json(error)}; each line is one object, such as {{"Question": "…"}}'
@@ -49,7 +49,7 @@ def _jsonl(path: Path, _: set[str]) -> Iterator[Placed]:
 def _json(path: Path, _: set[str]) -> Iterator[Placed]:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise SettingsError(
             f'DATASET_NAME={path}: {_not_json(error)}; it takes a list of objects, such as [{{"Question": "…"}}], and a file '
@@ -64,6 +64,15 @@ def _json(path: Path, _: set[str]) -> Iterator[Placed]:
         )
     for index, row in enumerate(rows, 1):
         yield f"row {index}", row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """A JSON object. Python keeps the last of two values with one name; nothing may be lost so."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)} more than once")
+    return made
 
 
 def _not_json(error: ValueError | RecursionError) -> str:

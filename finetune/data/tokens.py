@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import itertools
+import re
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune.data import processes
 from finetune.data.formats import FORMATS, Format
-from finetune.data.formats.base import BadRow, Span, Text
+from finetune.data.formats.base import BadRow, Span, Text, any_of, special_texts
 from finetune.data.kept import Guard
 from finetune.data.reading import Row
 from finetune.data.rows import Rows, refuse
@@ -213,14 +215,39 @@ class Encoder:
             return list(encoded["input_ids"]), list(encoded["offset_mapping"])
         added = [] if begun else [i for i in self.tokenizer("")["input_ids"] if i == self.tokenizer.bos_token_id]
         ids, offsets, backend = added, [(0, 0)] * len(added), self.tokenizer.backend_tokenizer
-        borders = [0, *(border for span in text.literal for border in span), len(text.text)]
+        borders = [0, *itertools.chain.from_iterable(self._ordinary(text)), len(text.text)]
         for number, (start, end) in enumerate(itertools.pairwise(borders)):
-            backend.encode_special_tokens = bool(number % 2)  # every other part is the text of a special token
+            backend.encode_special_tokens = bool(number % 2)  # in every other part they are ordinary text
             part = backend.encode(text.text[start:end], add_special_tokens=False)
             ids += part.ids
             offsets += [(start + first, start + last) for first, last in part.offsets]
         backend.encode_special_tokens = False
         return ids, offsets
+
+    def _ordinary(self, text: Text) -> list[Span]:
+        """Spans without special tokens, but with their text: from one special token to the next.
+
+        Not the text alone: tokenizers such as Llama 2's put a space in front of each part.
+        """
+        found = [match.span() for match in self._special.finditer(text.text)]
+        own = [(a, b) for a, b in found if not any(a < end and start < b for start, end in text.literal)]
+        spans: dict[Span, None] = {}
+        for start, end in text.literal:
+            before = max(((b, a) for a, b in own if b <= start), default=(0, 0))
+            begin = before[0]
+            if text.text[before[1] : begin] in self._eating:
+                begin += len(text.text[begin:start]) - len(text.text[begin:start].lstrip())
+            spans[begin, min((a for a, _ in own if a >= end), default=len(text.text))] = None
+        return list(spans)
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        return any_of(special_texts(self.tokenizer))
+
+    @functools.cached_property
+    def _eating(self) -> set[str]:
+        """Tokens that take the white space after them, as Phi-3's."""
+        return {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.rstrip}
 
     def _held(self, text: Text, ids: list[int], ended: bool, cut: bool) -> bool:
         """Compare the tokens with their text, both without the BOS at the beginning and the EOS at the end."""

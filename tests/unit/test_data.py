@@ -376,3 +376,12 @@ def test_columns_of_a_hub_data_set_that_nobody_asked_for_are_not_converted(monke
         data.load(
             settings(DATASET_NAME="owner/rows", DATASET_SPLIT="train", PROMPT_COLUMNS="No", COMPLETION_COLUMNS="Nor")
         )
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_name_that_an_object_has_twice_is_refused(tmp_path: Path, name: str) -> None:
+    """Python keeps the last value, and the first was never trained."""
+    row = '{"Question": "first", "Question": "second", "Complex_CoT": "a", "Response": "b"}'
+    (tmp_path / name).write_text(row if name.endswith("l") else f"[{row}]")
+    with pytest.raises(SettingsError, match="an object has Question more than once"):
+        loaded(tmp_path / name)

@@ -29,6 +29,7 @@ ENDS = {
     "gptoss": ("<|end|>", "<|return|>"),
     "deepseek_r1_distill": ("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     "lfm2": ("<|im_end|>", "<|im_end|>"),
+    "cohere2": ("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
     "cohere": ("<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
 }
 # contents that stand in roles and headers too, with white space, tags and Chinese
@@ -74,7 +75,7 @@ def trained(made: data.Tokens, tokenizer: Any) -> str:
 @pytest.mark.parametrize("name", ENDS)
 def test_every_answer_is_trained_with_its_end_and_nothing_else(tmp_path: Path, name: str) -> None:
     middle, last = ENDS[name]
-    made = words(name, last)
+    made = words(name, "<|END_OF_TURN_TOKEN|>" if name == "cohere2" else last)
     answers = [turn["content"] for turn in CHAT if turn["role"] == "assistant"]
     found = trained(tokens(tmp_path, made, [{"messages": CHAT}]), made)
     # what a template writes at the head of an answer, which the model has to write too
@@ -190,3 +191,40 @@ def test_the_date_of_a_template_is_the_runs(tmp_path: Path) -> None:
     assert "Today Date: 26 Jul 2024" in made.decode(found.dataset[0]["input_ids"]) and found.date == "2024-07-26"
     other = words("qwen3", "<|im_end|>")
     assert tokens(tmp_path, other, [{"messages": [ASKED, SAID]}]).date is None
+
+
+def test_an_answer_that_stands_in_other_words_too_is_found_where_it_is(tmp_path: Path) -> None:
+    """Nemotron's template writes <think></think> before an answer, unless the answer holds one of them: its text depends on the row."""
+    made = words("nemotron_3_nano", "<|im_end|>")
+    chat = [turn("user", "e"), turn("assistant", "e"), turn("user", "is"), turn("assistant", "<think>is")]
+    found = trained(tokens(tmp_path, made, [{"messages": chat}]), made)
+    assert re.fullmatch(r"(<think></think>)?e<\|im_end\|><think>is<\|im_end\|>", found), found
+
+
+# as in templates of Mistral's: the system prompt stands in the last question
+MOVED = (
+    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{{ bos_token }}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+    "{% if m == asked[-1] and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_prompt_that_the_template_moves_is_no_loss(tmp_path: Path) -> None:
+    made = words("qwen2_5", "<|im_end|>")
+    made.chat_template = MOVED
+    row = dict(messages=[turn("system", "Be kind."), turn("user", "a"), turn("assistant", "b"), ASKED, SAID])
+    assert trained(tokens(tmp_path, made, [row]), made) == " b<|im_end|> 18 degrees.<|im_end|>"
+
+
+def test_a_message_that_a_template_drops_for_what_it_says_is_named(tmp_path: Path) -> None:
+    made = words("qwen2_5", "<|im_end|>")
+    made.chat_template = "{% for m in messages if m.content != 'b' %}{{ m.role }}: {{ m.content }}\nab\n{% endfor %}"
+    row = dict(messages=[turn("user", "a"), turn("assistant", "b"), ASKED, SAID])
+    with pytest.raises(SettingsError, match=r"leaves out or rewrites the content of message 2 \(role assistant\): b"):
+        tokens(tmp_path, made, [row])
+    made.chat_template = made.chat_template.replace("{{ m.content }}", "{{ m.content }} {{ m.content }}").replace(
+        "b'", "'"
+    )
+    with pytest.raises(SettingsError, match=r"writes the content of message 1 \(role user\): a more than once"):
+        tokens(tmp_path, made, [row])

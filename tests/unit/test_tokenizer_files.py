@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 
 import real_tokenizers
 import tiny
 from finetune import data, files
 from finetune.data import tokenizer_files
+from finetune.data.formats.base import BadRow
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 from finetune.sources.model import Source
@@ -197,3 +198,36 @@ def test_a_column_of_nothing_but_eos_is_a_malformed_row(tmp_path: Path) -> None:
     settings = Settings.from_env({"DATASET_NAME": str(tmp_path / "rows.jsonl")})
     with pytest.raises(SettingsError, match=r"row 1 \(line 1\): column Response holds nothing but <\|im_end\|>"):
         data.tokenize(data.load(settings), loaded(tmp_path), settings)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_text_of_a_special_token_gets_no_spaces(tmp_path: Path, chat: bool) -> None:
+    """Llama 2's tokenizer puts a space in front of each part, and so did parts that were encoded by themselves."""
+    made = tiny.tokenizer("llama")
+    made.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    made.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}"
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    words = loaded(tmp_path)
+    answer = "<p><s>$10</s><s>$5</p>"
+    row: dict[str, Any] = {"Question": "Why?", "Complex_CoT": "Hm.", "Response": answer}
+    if chat:
+        row = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    settings = Settings.from_env({"DATASET_NAME": str(tmp_path / "rows.jsonl")})
+    ids = data.tokenize(data.load(settings), words, settings).dataset[0]["input_ids"]
+    assert answer in words.decode(ids) and ids.count(words.bos_token_id) == 1
+
+
+def test_sentencepieces_space_in_a_row_is_no_loss(tmp_path: Path) -> None:
+    """Names of special tokens hold \u2581, and people write about them."""
+    made = tiny.tokenizer("llama")
+    made.backend_tokenizer.normalizer = normalizers.Lowercase()
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    words = loaded(tmp_path)
+    text = "What is <｜end▁of▁sentence｜>? A ▁ B"
+    guard = data.tokens.Guard.of(words, own_file=True)
+    assert guard.check(text, words(text, add_special_tokens=False)["input_ids"], cut=False)
+    with pytest.raises(BadRow, match=r"'this is lost' becomes 'this is'"):  # not "Is" and "is", which is no loss
+        guard.check("This is lost", words("This is", add_special_tokens=False)["input_ids"], cut=False)

@@ -41,6 +41,10 @@ class Piece:
     end: int
     text: str
 
+    def told(self, turns: list[Turn]) -> str:
+        """The piece, in words."""
+        return f"{self.what} of message {self.turn + 1} (role {turns[self.turn]['role']}): {_short(self.text)}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Messages:
@@ -52,7 +56,7 @@ class Messages:
     train_all: bool
     special: re.Pattern[str]
     asks: str  # what the template adds to ask for an answer
-    ends: bool  # whether the template ends an answer with a special token
+    ends: str  # the special tokens with which the template ends an answer; "" where it ends it with none
 
     @classmethod
     def recognises(cls, row: Row, settings: Settings) -> bool:
@@ -86,7 +90,7 @@ class Messages:
                 f"DATASET_NAME={settings.dataset_name}: has messages, but {settings.model_name} has no chat template; use its "
                 "instruct version, or columns with PROMPT_TEMPLATE"
             )
-        bare = cls(tokenizer, day, settings.train_on == "all", any_of(special_texts(tokenizer)), "", False)
+        bare = cls(tokenizer, day, settings.train_on == "all", any_of(special_texts(tokenizer)), "", "")
         question, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
         try:
             plain, asking = bare.written([question]), bare.written([question], asking=True)
@@ -94,7 +98,8 @@ class Messages:
         except BadRow:  # a template may want a system prompt, or more; then each turn is looked at by itself
             return bare
         asks = OPENED.sub("", asking.removeprefix(plain)) if asking.startswith(plain) else ""
-        return dataclasses.replace(bare, asks=asks, ends=bool(bare.special.match(tail.lstrip())))
+        ends = re.match(f"(?:{bare.special.pattern})+", tail.lstrip())
+        return dataclasses.replace(bare, asks=asks, ends=ends[0] if ends else "")
 
     @property
     def writes_day(self) -> bool:
@@ -165,20 +170,10 @@ class Messages:
         salt = next(salt for salt in map(str, itertools.count()) if f"Qx{salt}x" not in text)
         # letters and digits alone: a template may write it as JSON
         marks = [f"Qx{salt}x{number}xQ" for number in range(len(pieces))]
-        shadow = copy.deepcopy(turns)
-        for piece, mark in reversed(list(zip(pieces, marks, strict=True))):  # from the back: places before stay right
-            holder: Any = shadow[piece.turn]
-            for key in piece.path[:-1]:
-                holder = holder[key]
-            value = holder[piece.path[-1]]
-            holder[piece.path[-1]] = value[: piece.start] + mark + value[piece.end :]
-        skeleton = self.written(shadow)
+        skeleton = self._marked(turns, pieces, marks)
         gone = [piece for piece, mark in zip(pieces, marks, strict=True) if mark not in skeleton]
         if gone:
-            raise BadRow(
-                f"the model's chat template leaves out {gone[0].what} of message {gone[0].turn + 1} "
-                f"(role {turns[gone[0].turn]['role']}): {_short(gone[0].text)}"
-            )
+            raise BadRow(f"the model's chat template leaves out {gone[0].told(turns)}")
         parts = re.split("|".join(marks), skeleton)
         if re.findall("|".join(marks), skeleton) == marks:
             rebuilt = (
@@ -189,21 +184,41 @@ class Messages:
                     len(part) + len(piece.text) for part, piece in zip(parts, pieces, strict=False)
                 )
                 return [(end - len(piece.text), end) for end, piece in zip(ends, pieces, strict=True)]
-        return self._found(pieces, text, turns)
+        return [self._place(turns, piece, mark, text) for piece, mark in zip(pieces, marks, strict=True)]
 
-    def _found(self, pieces: list[Piece], text: str, turns: list[Turn]) -> list[Span]:
-        """The same, found by searching for each piece after the one before it: for templates whose own text depends on the messages."""
-        places, at = [], 0
-        for piece in pieces:
-            start = text.find(piece.text, at)
-            if start < 0:
-                raise BadRow(
-                    f"the model's chat template leaves out or rewrites {piece.what} of message {piece.turn + 1} "
-                    f"(role {turns[piece.turn]['role']}): {_short(piece.text)}"
-                )
-            at = start + len(piece.text)
-            places.append((start, at))
-        return places
+    def _marked(self, turns: list[Turn], pieces: list[Piece], marks: list[str]) -> str:
+        """The conversation as the template writes it, with a mark in place of each of the pieces."""
+        shadow = copy.deepcopy(turns)
+        for piece, mark in reversed(list(zip(pieces, marks, strict=True))):  # from the back: places before stay right
+            holder: Any = shadow[piece.turn]
+            for key in piece.path[:-1]:
+                holder = holder[key]
+            value = holder[piece.path[-1]]
+            holder[piece.path[-1]] = value[: piece.start] + mark + value[piece.end :]
+        return self.written(shadow)
+
+    def _place(self, turns: list[Turn], piece: Piece, mark: str, text: str) -> Span:
+        """The same for one piece, where templates move messages, or where their own text depends on what a message says.
+
+        With a mark in this piece alone, the text is another only around it. A short answer, such as "e", stands in many places,
+        so the piece has to be found there, and once.
+        """
+        before, _, after = self._marked(turns, [piece], [mark]).partition(mark)
+        if mark in after:
+            raise BadRow(f"the model's chat template writes {piece.told(turns)} more than once")
+        if before + piece.text + after == text:
+            return len(before), len(before) + len(piece.text)
+        first = _alike(before, text)
+        last = len(text) - _alike(after[::-1], text[::-1])
+        again = re.compile(f"(?={re.escape(piece.text)})")
+        starts = [
+            found.start() for found in again.finditer(text, max(0, first - len(piece.text))) if found.start() <= last
+        ]
+        if not starts or before + after == text:
+            raise BadRow(f"the model's chat template leaves out or rewrites {piece.told(turns)}")
+        if len(starts) > 1:
+            raise BadRow(f"the model's chat template changes with what a message says, which hides {piece.told(turns)}")
+        return starts[0], starts[0] + len(piece.text)
 
     def _tools_are_there(self, turns: list[Turn], text: str) -> None:
         """Raise BadRow where the template leaves out the call of a tool."""
@@ -231,11 +246,10 @@ class Messages:
     def _answer(self, turns: list[Turn], pieces: list[Piece], places: list[Span], number: int, text: str) -> Span:
         """The span of one of the assistant's turns: from what asks for it to its end token."""
         own = [place for piece, place in zip(pieces, places, strict=True) if piece.turn == number]
-        before = max((end for piece, (_, end) in zip(pieces, places, strict=True) if piece.turn < number), default=0)
-        after = min(
-            (start for piece, (start, _) in zip(pieces, places, strict=True) if piece.turn > number), default=len(text)
-        )
-        start, end = own[0][0], own[-1][1]
+        others = [place for piece, place in zip(pieces, places, strict=True) if piece.turn != number]
+        start, end = min(own)[0], max(own)[1]
+        before = max((last for _, last in others if last <= start), default=0)
+        after = min((first for first, _ in others if first >= end), default=len(text))
         asked = text.rfind(self.asks, before, start) if self.asks else -1
         if asked >= 0:
             start = asked + len(self.asks)
@@ -249,6 +263,8 @@ class Messages:
             if text.startswith(through):
                 return start, len(through)
         ending = self.special.search(text, end, after) if self.ends else None
+        if ending and text.startswith(self.ends, ending.start()):
+            return start, ending.start() + len(self.ends)
         return start, ending.end() if ending else end
 
 
@@ -291,6 +307,11 @@ def _piece(turn: int, what: str, key: str, value: str, start: int, end: int) -> 
     if said:
         start = value.index(said, start)
         yield Piece(turn, what, (key,), start, start + len(said), said)
+
+
+def _alike(one: str, other: str) -> int:
+    """With how many equal characters two texts begin."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _leaves(value: Any) -> Iterator[Any]:
