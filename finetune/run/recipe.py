@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import resource
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from finetune import console, data, sources
 from finetune.engines import refusals
 from finetune.engines.choose import choose
-from finetune.machine import gpus, preflight
+from finetune.machine import gpus, memory, preflight
 from finetune.run import folder, inputs, provenance, report
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
@@ -131,7 +130,7 @@ def train_in(
         training=fit.record(),
         memory=dict(
             training_gib=round(fit.peak_gib, 3),
-            process_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+            process_gib=round(memory.peak_gib(), 3),
         ),
         verification=merged.record() if merged else None,
         samples=dict(question=settings.sample_question, before=before, after=after),

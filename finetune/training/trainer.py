@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from finetune import console, files
 from finetune.errors import Diverged
+from finetune.machine import memory
 from finetune.training import checkpoints
 from finetune.training.batches import Row
 from finetune.training.update import Updates
@@ -27,7 +27,7 @@ def peak_gib() -> float:
     """Peak memory so far in GiB: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return memory.peak_gib()
 
 
 def process_age() -> float:
