@@ -33,7 +33,7 @@ SAMPLE = 1000  # rows on which another way to read the tokenizer is tried
 class Tokens:
     """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORE_INDEX where there is no loss.
 
-    total, trained: tokens, and those of them that the loss is on. largest: the highest id. common: length of the shared prefix:
+    lengths: tokens of each row. trained: tokens that the loss is on. largest: the highest id. common: length of the shared prefix:
     the tokens, with equal labels, at the start of every row (a template's beginning, a system prompt). dropped: rows that cannot
     be trained on. day, writes_day: what the chat template takes for today, and whether it writes it. notes: sentences on what is not
     trained letter for letter.
@@ -42,10 +42,9 @@ class Tokens:
 
     dataset: Dataset
     truncated: int
-    longest: int
+    lengths: list[int]
     largest: int
     common: int
-    total: int
     trained: int
     dropped: int
     day: datetime.date
@@ -65,6 +64,16 @@ class Tokens:
             tokens_sha256=self.sha256,
             date=self.date,
         )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def total(self) -> int:
+        """Tokens of all rows."""
+        return sum(self.lengths)
 
     @property
     def date(self) -> str | None:
@@ -127,10 +136,9 @@ def tokenize(
     return Tokens(
         dataset=mapped.select_columns(["input_ids", "labels"]),
         truncated=sum(mapped["truncated"]),
-        longest=max(lengths),
+        lengths=lengths,
         largest=largest,
         common=len(common[0]),
-        total=sum(lengths),
         trained=trained,
         dropped=len(bad),
         day=date,

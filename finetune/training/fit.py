@@ -137,9 +137,8 @@ def fit(
 
 def order_of(settings: Settings, tokens: Tokens) -> Order:
     """The updates of a run."""
-    lengths = [len(ids) for ids in tokens.dataset["input_ids"]]
     return Order.of(
-        lengths, settings.rows_per_update, settings.max_steps, settings.num_train_epochs or 1, settings.seed
+        tokens.lengths, settings.rows_per_update, settings.max_steps, settings.num_train_epochs or 1, settings.seed
     )
 
 
