@@ -83,8 +83,8 @@ class Settings:
     # Data
     dataset_name: str = setting(
         "FreedomIntelligence/medical-o1-reasoning-SFT",
-        "Rows to train on: a Hub data set, a .json, .jsonl, .csv or .parquet file, a folder of such files, or "
-        "`samples` (bundled rows).",
+        "Rows to train on: a Hub data set, a file, a folder, a glob, several of these with commas, or `samples` "
+        "(bundled rows).",
     )
     dataset_config: str | None = setting(
         "zh", "Configuration of the data set (samples: en, zh).", unless=("dataset_name", None)

@@ -1,0 +1,79 @@
+"""Rows of Parquet and Arrow files, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.opened import File
+from finetune.errors import SettingsError, first_line
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
+Row = dict[str, Any]
+BATCH = 1000  # rows that are Python objects at a time
+Named = Callable[[File, Sequence[str]], None]
+
+
+def parquet(file: File, wanted: set[str], check: Named) -> Iterator[Row]:
+    """The rows of a Parquet file. Columns that are not wanted are None: Python may be unable to hold their values, but messages name them.
+
+    check: refuses names of columns. Raises SettingsError where the file is damaged or holds what Python cannot.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    with file.at_once() as path:
+        try:
+            opened = parquet.ParquetFile(path)
+            names = opened.schema_arrow.names
+            check(file, names)
+            batches = opened.iter_batches(BATCH, columns=[name for name in names if name in wanted], use_threads=False)
+            yield from _rows(file, names, wanted, batches)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise _damaged(file, "Parquet", error) from None
+
+
+def arrow(file: File, wanted: set[str], check: Named) -> Iterator[Row]:
+    """The rows of an Arrow file, or of an Arrow stream, as `datasets` writes it. As `parquet`."""
+    import pyarrow
+
+    with file.at_once() as path:
+        try:
+            with pyarrow.memory_map(str(path)) as mapped:
+                try:
+                    opened = pyarrow.ipc.open_file(mapped)
+                    batches: Any = (opened.get_batch(index) for index in range(opened.num_record_batches))
+                except pyarrow.ArrowInvalid:
+                    mapped.seek(0)
+                    batches = opened = pyarrow.ipc.open_stream(mapped)
+                check(file, opened.schema.names)
+                yield from _rows(file, opened.schema.names, wanted, batches)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise _damaged(file, "Arrow", error) from None
+
+
+def _rows(file: File, names: Sequence[str], wanted: set[str], batches: Iterable[RecordBatch]) -> Iterator[Row]:
+    used, missing = [name for name in names if name in wanted], dict.fromkeys(names)
+    for batch in batches:
+        kept = batch.select(used)
+        for start in range(0, batch.num_rows, BATCH):
+            piece = kept.slice(start, BATCH)
+            for row in _converted(file, piece) if used else [{}] * min(BATCH, batch.num_rows - start):
+                yield {**missing, **row}
+
+
+def _converted(file: File, batch: RecordBatch) -> list[Row]:
+    try:
+        rows: list[Row] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # a time beyond Python's, bytes that are not UTF-8
+        names = ", ".join(batch.schema.names)
+        raise SettingsError(
+            f"DATASET_NAME={file.shown}: one of {names} cannot be read ({first_line(error)}); save it as text"
+        ) from None
+    return rows
+
+
+def _damaged(file: File, kind: str, error: Exception) -> SettingsError:
+    return SettingsError(f"DATASET_NAME={file.shown}: not a whole {kind} file ({first_line(error)})")
