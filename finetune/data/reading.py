@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 from finetune.data import opened, tables
@@ -30,11 +31,13 @@ class Read(NamedTuple):
     row: Any  # an object where all is well; else any other value of JSON, or Unread
 
 
-Reader = Callable[[File, set[str]], Iterator[Read]]
+Reader = Callable[[File, set[str], int], Iterator[Read]]
 
 
-def rows(file: File, wanted: set[str]) -> Iterator[Read]:
+def rows(file: File, wanted: set[str], after: int = 0) -> Iterator[Read]:
     """The rows of a file of one of READERS. wanted: the columns to read, in kinds of files that can skip others.
+
+    after: rows at the beginning that are left out, and where it can be not even looked at.
 
     A row that cannot be read is Unread; what is wrong with a whole file is raised as SettingsError, which names file and place.
     """
@@ -43,7 +46,7 @@ def rows(file: File, wanted: set[str]) -> Iterator[Read]:
         if reader not in BINARY:
             with file.stream() as stream:
                 opened.marked(file, stream.read(4))
-        yield from reader(file, wanted)
+        yield from reader(file, wanted, after)
     except UnicodeDecodeError:
         raise opened.not_utf8(file) from None
 
@@ -63,10 +66,10 @@ def _lines(file: File, stream: IO[bytes]) -> Iterator[tuple[int, str | Unread]]:
             yield number, text
 
 
-def _jsonl(file: File, _: set[str]) -> Iterator[Read]:
+def _jsonl(file: File, _: set[str], after: int) -> Iterator[Read]:
     decode = json.JSONDecoder(object_pairs_hook=_object).decode
     with file.stream() as stream:
-        for index, (number, line) in enumerate(_lines(file, stream), 1):
+        for index, (number, line) in _from(after, _lines(file, stream)):
             row: Any = line
             if not isinstance(line, Unread):
                 try:
@@ -76,24 +79,30 @@ def _jsonl(file: File, _: set[str]) -> Iterator[Read]:
             yield Read(index, number, row)
 
 
-def _text(file: File, _: set[str]) -> Iterator[Read]:
+def _text(file: File, _: set[str], after: int) -> Iterator[Read]:
     with file.stream() as stream:
-        for index, (number, line) in enumerate(_lines(file, stream), 1):
+        for index, (number, line) in _from(after, _lines(file, stream)):
             row = line if isinstance(line, Unread) else {"text": line.rstrip("\r\n")}
             yield Read(index, number, row)
 
 
-def _json(file: File, _: set[str]) -> Iterator[Read]:
+def _from(after: int, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Items with their numbers, from 1 on, without those up to `after`."""
+    return itertools.islice(enumerate(items, 1), after, None)
+
+
+def _json(file: File, _: set[str], after: int) -> Iterator[Read]:
     with file.stream() as stream, io.TextIOWrapper(stream, "utf-8-sig") as text:
         begin = text.read(PIECE)
         if begin.lstrip()[:1] != "[":
-            yield from _whole(file, begin + text.read())
-            return
-        for index, row in enumerate(_Items(file, text, begin).items(), 1):
+            items: Iterable[Any] = _whole(file, begin + text.read())
+        else:
+            items = _Items(file, text, begin).items()
+        for index, row in _from(after, items):
             yield Read(index, 0, row)
 
 
-def _whole(file: File, text: str) -> Iterator[Read]:
+def _whole(file: File, text: str) -> list[Any]:
     """The rows of an object with one list of them, such as {"data": [...]}."""
     try:
         found = json.loads(text, object_pairs_hook=_object)
@@ -115,8 +124,7 @@ def _whole(file: File, text: str) -> Iterator[Read]:
         )
     others = ", ".join(key for key in found if key != name)
     print(f"data: {file.shown}: the rows are the list {name}{f'; {others} is not read' if others else ''}", flush=True)
-    for index, row in enumerate(rows, 1):
-        yield Read(index, 0, row)
+    return rows
 
 
 class _Items:
@@ -199,7 +207,7 @@ def _not_json(error: ValueError | RecursionError) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"
 
 
-def _csv(file: File, _: set[str], delimiter: str = ",") -> Iterator[Read]:
+def _csv(file: File, _: set[str], after: int, delimiter: str = ",") -> Iterator[Read]:
     csv.field_size_limit(2**31 - 1)
     kind = file.kind[1:].upper()
     with file.stream() as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
@@ -207,7 +215,7 @@ def _csv(file: File, _: set[str], delimiter: str = ",") -> Iterator[Read]:
         try:
             named_once(file, reader.fieldnames or ())
             row: Any
-            for index, row in enumerate(reader, 1):
+            for index, row in _from(after, reader):
                 if None in row:
                     row = Unread(
                         f"has more fields than the header; put fields with {'tabs' if delimiter != ',' else 'commas'} in quotes"
@@ -217,8 +225,8 @@ def _csv(file: File, _: set[str], delimiter: str = ",") -> Iterator[Read]:
             raise SettingsError(f"{file.shown} line {reader.line_num}: not {kind} ({error})") from None
 
 
-def _tsv(file: File, wanted: set[str]) -> Iterator[Read]:
-    return _csv(file, wanted, "\t")
+def _tsv(file: File, wanted: set[str], after: int) -> Iterator[Read]:
+    return _csv(file, wanted, after, "\t")
 
 
 def named_once(file: File, names: Sequence[str]) -> None:
@@ -229,16 +237,14 @@ def named_once(file: File, names: Sequence[str]) -> None:
         )
 
 
-def _parquet(file: File, wanted: set[str]) -> Iterator[Read]:
-    return _numbered(tables.parquet(file, wanted, named_once))
+def _parquet(file: File, wanted: set[str], after: int) -> Iterator[Read]:
+    rows = tables.parquet(file, wanted, named_once, after)
+    return (Read(index, 0, row) for index, row in enumerate(rows, after + 1))
 
 
-def _arrow(file: File, wanted: set[str]) -> Iterator[Read]:
-    return _numbered(tables.arrow(file, wanted, named_once))
-
-
-def _numbered(rows: Iterator[Row]) -> Iterator[Read]:
-    return (Read(index, 0, row) for index, row in enumerate(rows, 1))
+def _arrow(file: File, wanted: set[str], after: int) -> Iterator[Read]:
+    rows = tables.arrow(file, wanted, named_once, after)
+    return (Read(index, 0, row) for index, row in enumerate(rows, after + 1))
 
 
 READERS: dict[str, Reader] = {

@@ -16,10 +16,10 @@ BATCH = 1000  # rows that are Python objects at a time
 Named = Callable[[File, Sequence[str]], None]
 
 
-def parquet(file: File, wanted: set[str], check: Named) -> Iterator[Row]:
+def parquet(file: File, wanted: set[str], check: Named, after: int) -> Iterator[Row]:
     """The rows of a Parquet file. Columns that are not wanted are None: Python may be unable to hold their values, but messages name them.
 
-    check: refuses names of columns. Raises SettingsError where the file is damaged or holds what Python cannot.
+    check: refuses names of columns. after: rows at the beginning that are left out. Raises SettingsError where the file is damaged or holds what Python cannot.
     """
     import pyarrow
     from pyarrow import parquet
@@ -30,12 +30,12 @@ def parquet(file: File, wanted: set[str], check: Named) -> Iterator[Row]:
             names = opened.schema_arrow.names
             check(file, names)
             batches = opened.iter_batches(BATCH, columns=[name for name in names if name in wanted], use_threads=False)
-            yield from _rows(file, names, wanted, batches)
+            yield from _rows(file, names, wanted, batches, after)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise _damaged(file, "Parquet", error) from None
 
 
-def arrow(file: File, wanted: set[str], check: Named) -> Iterator[Row]:
+def arrow(file: File, wanted: set[str], check: Named, after: int) -> Iterator[Row]:
     """The rows of an Arrow file, or of an Arrow stream, as `datasets` writes it. As `parquet`."""
     import pyarrow
 
@@ -49,16 +49,19 @@ def arrow(file: File, wanted: set[str], check: Named) -> Iterator[Row]:
                     mapped.seek(0)
                     batches = opened = pyarrow.ipc.open_stream(mapped)
                 check(file, opened.schema.names)
-                yield from _rows(file, opened.schema.names, wanted, batches)
+                yield from _rows(file, opened.schema.names, wanted, batches, after)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise _damaged(file, "Arrow", error) from None
 
 
-def _rows(file: File, names: Sequence[str], wanted: set[str], batches: Iterable[RecordBatch]) -> Iterator[Row]:
+def _rows(
+    file: File, names: Sequence[str], wanted: set[str], batches: Iterable[RecordBatch], after: int
+) -> Iterator[Row]:
     used, missing = [name for name in names if name in wanted], dict.fromkeys(names)
     for batch in batches:
-        kept = batch.select(used)
-        for start in range(0, batch.num_rows, BATCH):
+        kept, first = batch.select(used), min(after, batch.num_rows)
+        after -= first
+        for start in range(first, batch.num_rows, BATCH):
             piece = kept.slice(start, BATCH)
             for row in _converted(file, piece) if used else [{}] * min(BATCH, batch.num_rows - start):
                 yield {**missing, **row}

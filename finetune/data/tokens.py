@@ -6,43 +6,55 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import re
-import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from finetune.data import processes
-from finetune.data.formats import FORMATS, Format
+import numpy
+
+from finetune import console
+from finetune.data import processes, store
+from finetune.data.formats import FORMATS, Format, template
 from finetune.data.formats.base import BadRow, Span, Text, any_of, special_texts
 from finetune.data.kept import Guard
+from finetune.data.packing import IGNORE_INDEX, Counts, TokenRows, packed
 from finetune.data.reading import Row
-from finetune.data.rows import Rows, refuse
+from finetune.data.rows import DECIDING, SHOWN, Rows, refuse
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from numpy.typing import NDArray
+    from pyarrow import RecordBatch
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100  # label that the loss leaves out
+LENGTHS = "lengths.npy"
+
 SAMPLE = 1000  # rows on which another way to read the tokenizer is tried
+CHUNK = 500  # rows given to a process at a time
+SAID = {
+    "marked": "end or begin with a BOS or EOS of their own, which is taken out; each row gets exactly one",
+    "literal": "hold the text of special tokens, which is read as ordinary text",
+    "rewritten": "hold letters or white space that the model's tokenizer writes in its own way",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """The data set that is trained on. Columns input_ids and labels, lists of ints; IGNORE_INDEX where there is no loss.
 
-    lengths: tokens of each row. trained: tokens that the loss is on. largest: the highest id. common: length of the shared prefix:
-    the tokens, with equal labels, at the start of every row (a template's beginning, a system prompt). dropped: rows that cannot
-    be trained on. day, writes_day: what the chat template takes for today, and whether it writes it. notes: sentences on what is not
-    trained letter for letter.
+    lengths: tokens of each row, int32. trained: tokens that the loss is on. largest: the highest id. common: length of the shared
+    prefix: the tokens, with equal labels, at the start of every row (a template's beginning, a system prompt). dropped: rows that
+    cannot be trained on. day, writes_day: what the chat template takes for today, and whether it writes it. notes: sentences on what
+    is not trained letter for letter.
     sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once.
     """
 
-    dataset: Dataset
+    dataset: TokenRows
     truncated: int
-    lengths: list[int]
+    lengths: NDArray[Any]
     largest: int
     common: int
     trained: int
@@ -68,12 +80,12 @@ class Tokens:
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(self.lengths)
+        return int(self.lengths.max())
 
     @property
     def total(self) -> int:
         """Tokens of all rows."""
-        return sum(self.lengths)
+        return int(self.lengths.sum(dtype="int64"))
 
     @property
     def date(self) -> str | None:
@@ -82,7 +94,7 @@ class Tokens:
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         """The first rows' texts, as they are trained."""
-        for ids in self.dataset.select(range(min(SAMPLE, len(self.dataset))))["input_ids"]:
+        for ids in self.dataset[:SAMPLE]["input_ids"]:
             yield tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
 
     def describe(self, dropped: int) -> str:
@@ -102,7 +114,7 @@ def format_of(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings,
 def tokenize(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date | None = None, own_file: bool = True
 ) -> Tokens:  # fmt: skip
-    """Texts to tokens, in the order of the rows whatever DATASET_NUM_PROC is.
+    """Texts to tokens, in the order of the rows whatever DATASET_NUM_PROC is. They go into a store, and are read from it.
 
     Exactly one BOS where the tokenizer uses one, and one EOS, which is trained on, at the end of each row; a row longer
     than MAX_SEQ_LENGTH loses what stands before its EOS, so that the model still learns to stop.
@@ -113,64 +125,98 @@ def tokenize(
     """
     date = date or datetime.date.today()
     made = format_of(rows.format, tokenizer, settings, date)
-    work = Encoder(
+    encoder = Encoder(
         made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on == "response"
     )
-    mapped = processes.results(work, rows.rows, settings.dataset_num_proc)
-    problems = mapped["problem"]
-    bad = [f"{place}: {problem}" for place, problem in zip(rows.places, problems, strict=True) if problem]
-    places = [place for place, problem in zip(rows.places, problems, strict=True) if not problem]
-    refuse(bad, len(rows.rows), settings, "what a row says has to be trained")
-    if len(bad) == len(rows.rows):
-        raise SettingsError(f"DATASET_NAME={rows.name}: no row can be trained on; the first is {bad[0]}")
-    if bad:
-        mapped = mapped.select([index for index, problem in enumerate(problems) if not problem])
-    lengths, largest, trained, digest, common = [], 0, 0, hashlib.sha256(), None
-    for ids, labels in zip(mapped["input_ids"], mapped["labels"], strict=True):
-        common = _same((ids, labels), common or (ids, labels))
-        lengths.append(len(ids))
-        largest = max(largest, *ids)
-        trained += len(labels) - labels.count(IGNORE_INDEX)
-        digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
-    assert common is not None
-    return Tokens(
-        dataset=mapped.select_columns(["input_ids", "labels"]),
-        truncated=sum(mapped["truncated"]),
-        lengths=lengths,
-        largest=largest,
-        common=len(common[0]),
-        trained=trained,
-        dropped=len(bad),
-        day=date,
-        writes_day=made.writes_day,
-        notes=_notes(mapped, places),
-        sha256=digest.hexdigest(),
+    key = dict(
+        rows=rows.key,
+        chosen=rows.chosen,
+        tokenizer=_identity(tokenizer, own_file),
+        day=date if made.writes_day else None,
+        settings={name: getattr(settings, name) for name in DECIDING if name != "dataset_name"},
+        template=template.template(settings).text if made.NAME == "columns" else None,
     )
+    with store.opened("tokens", key) as opened:
+        if opened.done is None:
+            opened = _Tokenized(rows, encoder, settings, opened).stored()
+        assert opened.done is not None
+        said = opened.done
+        return Tokens(
+            dataset=TokenRows(opened.rows(mapped=True)),
+            lengths=numpy.load(opened.folder / LENGTHS),
+            day=date,
+            writes_day=made.writes_day,
+            notes=[
+                f"{said['flags'][flag]} rows {what} (the first is {rows.place(said['first_row'][flag])})"
+                for flag, what in SAID.items()
+                if said["flags"][flag]
+            ],
+            truncated=said["flags"]["truncated"],
+            **{name: said[name] for name in ("largest", "common", "trained", "dropped", "sha256")},
+        )
 
 
-def _notes(mapped: Dataset, places: list[str]) -> list[str]:
-    """Sentences on rows that are not trained letter for letter."""
-    said = {
-        "marked": "end or begin with a BOS or EOS of their own, which is taken out; each row gets exactly one",
-        "literal": "hold the text of special tokens, which is read as ordinary text",
-        "rewritten": "hold letters or white space that the model's tokenizer writes in its own way",
-    }
-    found = []
-    for name, what in said.items():
-        where = [place for place, flag in zip(places, mapped[name], strict=True) if flag]
-        if where:
-            found.append(f"{len(where)} rows {what} (the first is {where[0]})")
-    return found
+def _identity(tokenizer: PreTrainedTokenizerBase, own_file: bool) -> list[Any]:
+    """What tells a tokenizer from others, and the libraries' versions."""
+    versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    parts = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template, type(tokenizer).__name__)
+    return [parts, [str(name) for name in named], own_file, versions]
 
 
-def _same(row: tuple[list[int], list[int]], common: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
-    """As much of `common`, ids and labels, as the row begins with."""
-    size = len(common[0])
-    if (row[0][:size], row[1][:size]) == common:
-        return common
-    pairs = zip(zip(*row, strict=True), zip(*common, strict=True), strict=False)
-    size = next((index for index, (one, other) in enumerate(pairs) if one != other), len(row[0]))
-    return common[0][:size], common[1][:size]
+class _Tokenized:
+    """Makes tokens of rows, and writes them to a store. It goes on where the store ends."""
+
+    def __init__(self, rows: Rows, encoder: Encoder, settings: Settings, opened: store.Store):
+        self.rows, self.encoder, self.settings, self.store = rows, encoder, settings, opened
+        self.read = opened.state.get("read", 0)  # rows that have been tokenized, whatever came of them
+        self.bad, self.told = opened.state.get("bad", 0), list(opened.state.get("told", []))
+        self.counts = Counts()
+
+    def stored(self) -> store.Store:
+        """The store, finished. Raises SettingsError where rows are bad, or none is good."""
+        rows, settings, counts = self.rows, self.settings, self.counts
+        for batch in self.store.rows() if self.store.shards else ():
+            counts.add(batch)
+        written = self.store.write(self._batches())
+        if (self.bad and not settings.drop_bad_rows) or self.bad == len(rows):
+            written.remove()
+        refuse(self.told, self.bad, len(rows), settings, "what a row says has to be trained")
+        if self.bad == len(rows):
+            raise SettingsError(f"DATASET_NAME={rows.name}: no row can be trained on; the first is {self.told[0]}")
+        numpy.save(written.folder / LENGTHS, numpy.concatenate(counts.lengths))
+        return written.finish(
+            dict(
+                largest=counts.largest,
+                common=counts.common,
+                trained=counts.trained,
+                dropped=self.bad,
+                sha256=counts.digest.hexdigest(),
+                flags=counts.flags,
+                first_row=counts.first_row,
+            )
+        )
+
+    def _batches(self) -> Iterator[tuple[RecordBatch, dict[str, Any]]]:
+        total = len(self.rows)
+        pieces = [(start, min(start + CHUNK, total)) for start in range(self.read, total, CHUNK)]
+        count = self.settings.dataset_num_proc if total - self.read > processes.FEW_ROWS else 1
+        with console.Counted("rows tokenized", total, self.read) as progress:
+            for (start, stop), (batch, bad) in zip(pieces, processes.results(self._piece, pieces, count), strict=True):
+                self.read, self.bad = stop, self.bad + len(bad)
+                self.told += [f"{self.rows.place(number)}: {why}" for number, why in bad[: SHOWN - len(self.told)]]
+                self.counts.add(batch)
+                progress.add(stop - start)
+                if batch.num_rows:
+                    yield batch, dict(read=self.read, bad=self.bad, told=self.told)
+
+    def _piece(self, piece: tuple[int, int]) -> tuple[RecordBatch, list[tuple[int, str]]]:
+        """The tokens of some rows, and what is wrong with those that cannot be trained on."""
+        numbers = [self.rows.number(index) for index in range(*piece)]
+        made = self.encoder.many(self.rows.some(numbers))
+        bad = [(number, row["problem"]) for number, row in zip(numbers, made, strict=True) if row["problem"]]
+        good = [(number, row) for number, row in zip(numbers, made, strict=True) if not row["problem"]]
+        return packed([row for _, row in good], [number for number, _ in good]), bad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +228,10 @@ class Encoder:
     guard: Guard
     limit: int
     response: bool
+
+    def many(self, rows: list[Row]) -> list[Row]:
+        """What `__call__` makes of each row."""
+        return [self(row) for row in rows]
 
     def __call__(self, row: Row) -> Row:
         """Columns input_ids and labels, and what there is to say of the row; problem: why it cannot be trained on, "" where it can."""
