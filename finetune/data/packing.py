@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,7 @@ def packed(rows: Sequence[dict[str, Any]], numbers: Sequence[int]) -> RecordBatc
     import pyarrow
 
     lengths = np.array([len(row["input_ids"]) for row in rows], np.int64)
-    ids = np.fromiter((token for row in rows for token in row["input_ids"]), np.int32, lengths.sum())
-    labels = np.fromiter((token for row in rows for token in row["labels"]), np.int32, lengths.sum())
+    ids, labels = _flat(rows, "input_ids"), _flat(rows, "labels")
     offsets = _offsets(lengths)
     spans, of = _spans(labels != IGNORE_INDEX, offsets)
     counts = np.bincount(of, minlength=len(rows)) * 2
@@ -40,6 +40,13 @@ def packed(rows: Sequence[dict[str, Any]], numbers: Sequence[int]) -> RecordBatc
         **{flag: pyarrow.array([bool(row[flag]) for row in rows], pyarrow.bool_()) for flag in FLAGS},
     }
     return pyarrow.RecordBatch.from_arrays([*columns.values()], [*columns])
+
+
+def _flat(rows: Sequence[dict[str, Any]], column: str) -> NDArray[Any]:
+    made = array.array("i")
+    for row in rows:
+        made.fromlist(row[column])
+    return np.frombuffer(made, np.int32) if made else np.zeros(0, np.int32)
 
 
 def _offsets(lengths: NDArray[Any]) -> NDArray[Any]:

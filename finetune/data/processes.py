@@ -44,8 +44,9 @@ def results(work: Callable[[Piece], Made], pieces: Iterable[Piece], processes: i
                     if not waiting:
                         break
                     yield waiting.popleft().result()
-            finally:
+            except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                raise
     except BrokenProcessPool:
         raise MachineError(
             f"DATASET_NUM_PROC={processes}: a process that tokenizes was killed, most often because memory ran out; use fewer of "

@@ -10,7 +10,7 @@ import importlib.metadata
 import itertools
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
@@ -219,6 +219,16 @@ class _Tokenized:
         return packed([row for _, row in good], [number for number, _ in good]), bad
 
 
+class Cut(NamedTuple):
+    """Tokens of a text, within the limit. cut: whether they are not all. held, said: what is compared: tokens, and their text."""
+
+    ids: list[int]
+    offsets: list[Span]
+    cut: bool
+    said: str
+    held: list[int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """Makes the tokens of one row. limit: tokens at most. response: whether the loss is on the answers alone."""
@@ -229,48 +239,95 @@ class Encoder:
     limit: int
     response: bool
 
-    def many(self, rows: list[Row]) -> list[Row]:
-        """What `__call__` makes of each row."""
-        return [self(row) for row in rows]
-
     def __call__(self, row: Row) -> Row:
         """Columns input_ids and labels, and what there is to say of the row; problem: why it cannot be trained on, "" where it can."""
-        empty = dict(input_ids=[], labels=[], truncated=False, marked=False, literal=False, rewritten=False)
-        try:
-            return {**empty, **self._encoded(self.format.text(row)), "problem": ""}
-        except BadRow as bad:
-            return {**empty, "problem": str(bad)}
+        return self.many([row])[0]
 
-    def _encoded(self, text: Text) -> Row:
-        eos = self.tokenizer.eos_token_id
-        ids, offsets = self._ids(text)
-        ended = ids[-1] == eos and not any(end == len(text.text) for _, end in text.literal)
+    def many(self, rows: list[Row]) -> list[Row]:
+        """The same of several rows, for which the tokenizer is called once: it takes much longer to call than to work."""
+        empty = dict(input_ids=[], labels=[], truncated=False, marked=False, literal=False, rewritten=False)
+        found = [self._text(row) for row in rows]
+        made: list[Row] = [{**empty, "problem": "" if isinstance(text, Text) else str(text)} for text in found]
+        good = [(index, text) for index, text in enumerate(found) if isinstance(text, Text)]
+        cut = [
+            self._cut(text, *tokens)
+            for (_, text), tokens in zip(good, self._tokens([text for _, text in good]), strict=True)
+        ]
+        decoded = self.guard.backend.decode_batch([each.held for each in cut], skip_special_tokens=False)
+        for (index, text), each, read in zip(good, cut, decoded, strict=True):
+            try:
+                made[index].update(self._labelled(text, each, read))
+            except BadRow as bad:
+                made[index] = {**empty, "problem": str(bad)}
+        return made
+
+    def _text(self, row: Row) -> Text | BadRow:
+        try:
+            return self.format.text(row)
+        except BadRow as bad:
+            return bad
+
+    def _cut(self, text: Text, ids: list[int], offsets: list[Span]) -> Cut:
+        """The tokens without the EOS that the text may end with, and not more than the limit with one."""
+        (bos, bos_id), (eos, eos_id) = self._marks
+        ended = ids[-1] == eos_id and not any(end == len(text.text) for _, end in text.literal)
         if ended:
-            ids, offsets = ids[:-1], offsets[:-1]
-        cut = len(ids) + 1 > self.limit
-        ids, offsets = ids[: self.limit - 1], offsets[: self.limit - 1]
-        rewritten = self._held(text, ids, ended, cut)
-        trained = [not self.response or _within(span, text.answers) for span in offsets]
-        labels = [token if use else IGNORE_INDEX for token, use in zip(ids, trained, strict=True)]
-        if not any(trained):
+            ids = ids[:-1]
+        cut, ids = len(ids) + 1 > self.limit, ids[: self.limit - 1]
+        # compared with the text without the BOS at the beginning and the EOS at the end
+        said, held = text.text, ids
+        if ids and ids[0] == bos_id:
+            held = ids[1:]
+            said = said.removeprefix(bos) if bos and not any(start == 0 for start, _ in text.literal) else said
+        if ended:
+            said = said.removesuffix(eos)
+        return Cut(ids, offsets, cut, said, held)
+
+    def _labelled(self, text: Text, made: Cut, decoded: str) -> Row:
+        ids, eos = made.ids, self._marks[1][1]
+        rewritten = self.guard.compare(made.said, decoded, made.cut)
+        if self.response:
+            trained = [_within(span, text.answers) for span in made.offsets[: len(ids)]]
+            labels = [token if use else IGNORE_INDEX for token, use in zip(ids, trained, strict=True)]
+            any_trained, last_trained = any(trained), bool(trained) and trained[-1]
+        else:
+            labels, any_trained, last_trained = ids, bool(ids), True
+        if not any_trained:
             raise BadRow(
                 f"has nothing left to train on, because its prompt alone is as long as MAX_SEQ_LENGTH={self.limit}; raise it, for "
                 f"example MAX_SEQ_LENGTH={2 * self.limit}"
             )
         # if the cut is in a question, the EOS is not trained: it ends no answer
-        last = eos if not cut or trained[-1] else IGNORE_INDEX
+        last = eos if not made.cut or last_trained else IGNORE_INDEX
         return dict(
-            input_ids=[*ids, eos], labels=[*labels, last], truncated=cut, marked=text.marked, literal=bool(text.literal),
+            input_ids=[*ids, eos], labels=[*labels, last], truncated=made.cut, marked=text.marked, literal=bool(text.literal),
             rewritten=rewritten,
         )  # fmt: skip
 
+    def _tokens(self, texts: list[Text]) -> list[tuple[list[int], list[Span]]]:
+        """Ids of each whole text, each id with the characters that it stands for; a BOS that is added stands for none."""
+        found: list[Any] = [self._ids(text) if text.literal else None for text in texts]
+        backend, offsets = self.tokenizer.backend_tokenizer, self.response
+        backend.no_truncation()
+        backend.no_padding()
+        encode = (
+            backend.encode_batch if offsets else backend.encode_batch_fast
+        )  # which finds no offsets, and the same ids
+        for begun in (False, True):
+            which = [index for index, text in enumerate(texts) if not found[index] and self._begun(text) == begun]
+            encoded = encode([texts[index].text for index in which], add_special_tokens=not begun) if which else []
+            for index, each in zip(which, encoded, strict=True):
+                found[index] = (each.ids, each.offsets if offsets else [])
+        return found
+
+    def _begun(self, text: Text) -> bool:
+        """Whether a text has its BOS already."""
+        bos = self._marks[0][0]
+        return bool(bos) and text.text.startswith(bos) and not any(start == 0 for start, _ in text.literal)
+
     def _ids(self, text: Text) -> tuple[list[int], list[Span]]:
-        """Ids of the whole text, each with the characters that it stands for; a BOS that is added stands for none."""
-        bos = self.tokenizer.bos_token
-        begun = bool(bos) and text.text.startswith(str(bos)) and not any(start == 0 for start, _ in text.literal)
-        if not text.literal:
-            encoded = self.tokenizer(text.text, add_special_tokens=not begun, return_offsets_mapping=True)
-            return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+        """The same of one text that holds the text of special tokens."""
+        begun = self._begun(text)
         added = [] if begun else [i for i in self.tokenizer("")["input_ids"] if i == self.tokenizer.bos_token_id]
         ids, offsets, backend = added, [(0, 0)] * len(added), self.tokenizer.backend_tokenizer
         borders = [0, *itertools.chain.from_iterable(self._ordinary(text)), len(text.text)]
@@ -299,6 +356,12 @@ class Encoder:
         return list(spans)
 
     @functools.cached_property
+    def _marks(self) -> list[tuple[str, int | None]]:
+        """BOS and EOS, each as text and id. transformers takes longer to look them up than to encode a short text."""
+        words = self.tokenizer
+        return [(str(words.bos_token or ""), words.bos_token_id), (str(words.eos_token), words.eos_token_id)]
+
+    @functools.cached_property
     def _special(self) -> re.Pattern[str]:
         return any_of(special_texts(self.tokenizer))
 
@@ -306,16 +369,6 @@ class Encoder:
     def _eating(self) -> set[str]:
         """Tokens that take the white space after them, as Phi-3's."""
         return {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.rstrip}
-
-    def _held(self, text: Text, ids: list[int], ended: bool, cut: bool) -> bool:
-        """Compare the tokens with their text, both without the BOS at the beginning and the EOS at the end."""
-        said, bos = text.text, str(self.tokenizer.bos_token or "")
-        if ids and ids[0] == self.tokenizer.bos_token_id:
-            ids = ids[1:]
-            said = said.removeprefix(bos) if bos and not any(start == 0 for start, _ in text.literal) else said
-        if ended:
-            said = said.removesuffix(str(self.tokenizer.eos_token))
-        return self.guard.check(said, ids, cut)
 
 
 def _within(token: Span, answers: list[Span]) -> bool:
