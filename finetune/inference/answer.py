@@ -31,12 +31,10 @@ def sample(
     def ask(when: str) -> str:
         if not settings.max_new_tokens:
             return ""
-        console.phase("asking", f"asking the sample question {when} training")
         began = time.monotonic()
-        with engine.answering(model):
+        with console.stage("asking", f"asking the sample question {when} training"), engine.answering(model):
             text, count = answer(model, tokenizer, prompt, settings.max_new_tokens, settings.max_memory)
-        seconds = time.monotonic() - began
-        print(f"answered: {count} tokens in {seconds:.0f} s, {count / max(seconds, 0.001):.0f} tokens/s", flush=True)
+        print(f"answered: {count} tokens, {count / max(time.monotonic() - began, 0.001):.0f} a second", flush=True)
         return text
 
     return ask

@@ -102,7 +102,10 @@ def fit(
             model, batches, engine, recompute, settings, order, stream, tokens.longest, planner_memory(settings)
         )
         began = time.perf_counter()
-        chosen = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
+        with console.stage(
+            "training", "planning the updates" if torch.cuda.is_available() else "preparing the updates"
+        ):
+            chosen = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
         plan_s = time.perf_counter() - began
         print(f"plan: {chosen.describe()}", flush=True)
         arguments.gradient_checkpointing = engine.checkpointing(chosen.recomputed)
