@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.data.checks import whole
 from finetune.errors import SettingsError, first_line
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _jsonl(path: Path, _: set[str]) -> Iterator[Placed]:
                 continue
             index += 1
             try:
-                row = json.loads(line, object_pairs_hook=_object)
+                row = json.loads(line, object_pairs_hook=whole)
             except (ValueError, RecursionError) as error:
                 raise SettingsError(
                     f'{path} line {number}: {_not_json(error)}; each line is one object, such as {{"Question": "…"}}'
@@ -49,7 +50,7 @@ def _jsonl(path: Path, _: set[str]) -> Iterator[Placed]:
 def _json(path: Path, _: set[str]) -> Iterator[Placed]:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text, object_pairs_hook=_object)
+        rows = json.loads(text, object_pairs_hook=whole)
     except (ValueError, RecursionError) as error:
         raise SettingsError(
             f'DATASET_NAME={path}: {_not_json(error)}; it takes a list of objects, such as [{{"Question": "…"}}], and a file '
@@ -64,15 +65,6 @@ def _json(path: Path, _: set[str]) -> Iterator[Placed]:
         )
     for index, row in enumerate(rows, 1):
         yield f"row {index}", row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    """A JSON object. Python keeps the last of two values with one name; nothing may be lost so."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)} more than once")
-    return made
 
 
 def _not_json(error: ValueError | RecursionError) -> str:

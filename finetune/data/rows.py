@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import sources
-from finetune.data import checks, reading
-from finetune.data.formats import FORMATS
+from finetune.data import checks, formats, reading
 from finetune.data.reading import Placed, Row
 from finetune.errors import SettingsError
 from finetune.settings import SPLIT, Settings
@@ -70,16 +69,18 @@ def load(settings: Settings) -> Rows:
     if not found:
         raise SettingsError(f"DATASET_NAME={name}: holds no rows in {settings.dataset_split}")
     first: Row = next((row for _, row in found if isinstance(row, dict)), {})
-    form = next(form for form in FORMATS.values() if form.recognises(first, settings))
+    form = formats.choose(first, settings)
+    print(formats.told(first, form, settings), flush=True)
     needs, reads = form.needs(settings), form.reads(settings)
     good, bad, places = [], [], []
     for where, row in found:
         if problem := form.problem(row, settings) if isinstance(row, dict) else f"is {checks.kind(row)}, not an object":
             bad.append(f"{where}: {problem}")
         else:
-            good.append({column: row[column] for column in reads if column in needs or row.get(column)})
+            there = (column for column in reads if column in row)
+            good.append({column: row[column] for column in there if column in needs or not checks.empty(row[column])})
             places.append(where)
-    refuse(bad, len(found), settings, f"every row needs text in {', '.join(needs)}")
+    refuse(bad, len(found), settings, formats.needed(form, settings))
     if not good:
         raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
     form.check(settings)  # refused now, and not after a model was downloaded
@@ -93,8 +94,7 @@ def refuse(bad: list[str], of: int, settings: Settings, needed: str) -> None:
         more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
         raise SettingsError(
             *bad[:SHOWN],
-            f"{len(bad)} of {of} rows are malformed{more}: {needed}. Mend them, name other columns (PROMPT_COLUMNS, "
-            "COMPLETION_COLUMNS), or leave them out with DROP_BAD_ROWS=1.",
+            f"{len(bad)} of {of} rows are malformed{more}: {needed}. Mend them, or leave them out with DROP_BAD_ROWS=1.",
         )
 
 
@@ -110,7 +110,7 @@ def _from_files(settings: Settings) -> Iterator[Placed]:
             files = {f"{settings.dataset_name.rstrip('/')}/{name}": path / name for name in _row_files(path)}
             print(f"data: {settings.dataset_name}: {', '.join(_row_files(path))}", flush=True)
     for shown, file in files.items():
-        for where, row in reading.rows(file, _wanted(settings)):
+        for where, row in reading.rows(file, formats.wanted(settings)):
             yield f"{shown} {where}", row
 
 
@@ -131,7 +131,7 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
     commit, found = sources.hub().dataset(settings, split)
     names, which = found.column_names, _range(settings, len(found))
     # others may hold pictures, or values that Python cannot. If none is wanted, keep one: without columns there are no rows
-    used = [column for column in names if column in _wanted(settings)] or names[:1]
+    used = [column for column in names if column in formats.wanted(settings)] or names[:1]
     rows = found.select(which).select_columns(used)
     return commit, [
         (f"{name} {split} row {index + 1}", {**dict.fromkeys(names), **row})
@@ -169,11 +169,6 @@ def _folder_without_rows(name: str, path: Path) -> Iterator[str]:
             f"DATASET_NAME={name}: the folder holds rows of {len(kinds)} kinds ({', '.join(kinds)}), and it takes one; name one "
             f"file, for example DATASET_NAME={name.rstrip('/')}/{file}"
         )
-
-
-def _wanted(settings: Settings) -> set[str]:
-    """Columns that rows may be made of."""
-    return {column for form in FORMATS.values() for column in form.reads(settings)}
 
 
 def _slice(settings: Settings, rows: list[Placed]) -> list[Placed]:

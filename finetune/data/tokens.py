@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data import processes
 from finetune.data.formats import FORMATS, Format
-from finetune.data.formats.base import BadRow, Span, Text, any_of, special_texts
+from finetune.data.formats.base import FLAGS, BadRow, Span, Text, any_of, special_texts
 from finetune.data.kept import Guard
 from finetune.data.reading import Row
 from finetune.data.rows import Rows, refuse
@@ -113,9 +113,7 @@ def tokenize(
     """
     date = date or datetime.date.today()
     made = format_of(rows.format, tokenizer, settings, date)
-    work = Encoder(
-        made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on == "response"
-    )
+    work = Encoder(made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on != "all")
     mapped = processes.results(work, rows.rows, settings.dataset_num_proc)
     problems = mapped["problem"]
     bad = [f"{place}: {problem}" for place, problem in zip(rows.places, problems, strict=True) if problem]
@@ -150,13 +148,8 @@ def tokenize(
 
 def _notes(mapped: Dataset, places: list[str]) -> list[str]:
     """Sentences on rows that are not trained letter for letter."""
-    said = {
-        "marked": "end or begin with a BOS or EOS of their own, which is taken out; each row gets exactly one",
-        "literal": "hold the text of special tokens, which is read as ordinary text",
-        "rewritten": "hold letters or white space that the model's tokenizer writes in its own way",
-    }
     found = []
-    for name, what in said.items():
+    for name, what in FLAGS.items():
         where = [place for place, flag in zip(places, mapped[name], strict=True) if flag]
         if where:
             found.append(f"{len(where)} rows {what} (the first is {where[0]})")
@@ -185,7 +178,7 @@ class Encoder:
 
     def __call__(self, row: Row) -> Row:
         """Columns input_ids and labels, and what there is to say of the row; problem: why it cannot be trained on, "" where it can."""
-        empty = dict(input_ids=[], labels=[], truncated=False, marked=False, literal=False, rewritten=False)
+        empty = dict(input_ids=[], labels=[], truncated=False, **dict.fromkeys(FLAGS, False))
         try:
             return {**empty, **self._encoded(self.format.text(row)), "problem": ""}
         except BadRow as bad:
@@ -200,7 +193,9 @@ class Encoder:
         cut = len(ids) + 1 > self.limit
         ids, offsets = ids[: self.limit - 1], offsets[: self.limit - 1]
         rewritten = self._held(text, ids, ended, cut)
-        trained = [not self.response or _within(span, text.answers) for span in offsets]
+        trained = [
+            (not self.response or _within(span, text.answers)) and not _within(span, text.untrained) for span in offsets
+        ]
         labels = [token if use else IGNORE_INDEX for token, use in zip(ids, trained, strict=True)]
         if not any(trained):
             raise BadRow(
@@ -209,10 +204,9 @@ class Encoder:
             )
         # if the cut is in a question, the EOS is not trained: it ends no answer
         last = eos if not cut or trained[-1] else IGNORE_INDEX
-        return dict(
-            input_ids=[*ids, eos], labels=[*labels, last], truncated=cut, marked=text.marked, literal=bool(text.literal),
-            rewritten=rewritten,
-        )  # fmt: skip
+        said = {*text.said, *({"literal"} if text.literal else ()), *({"rewritten"} if rewritten else ())}
+        flags = {name: name in said for name in FLAGS}
+        return dict(input_ids=[*ids, eos], labels=[*labels, last], truncated=cut, **flags)
 
     def _ids(self, text: Text) -> tuple[list[int], list[Span]]:
         """Ids of the whole text, each with the characters that it stands for; a BOS that is added stands for none."""

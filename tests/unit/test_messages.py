@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import functools
 import json
 import re
 from importlib import resources
@@ -47,9 +49,14 @@ def source(name: str) -> str:
     return resources.files("trl").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
 
 
+@functools.cache
+def plain() -> Any:
+    return tiny.tokenizer("qwen2")
+
+
 def words(name: str, eos: str) -> Any:
     """A tokenizer with the template and the special tokens that stand in it."""
-    made = tiny.tokenizer("qwen2")
+    made = copy.deepcopy(plain())
     template = source(name)
     special = {*re.findall(r"<\|[\w▁]+\|>|<｜[\w▁]+｜>|<(?:start|end)_of_turn>", template), eos, "<bos>"} - {
         "<｜tool▁sep｜>"
@@ -110,21 +117,33 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
 
 
 ASKED, SAID = turn("user", "Weather in SF?"), turn("assistant", "18 degrees.")
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Where?"}}},
+    },
+}
 CALL = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "SF"}}}]
 
 
 @pytest.mark.parametrize(
     ("template", "row", "why"),
     [
-        ("deepseek_r1_distill", dict(messages=[turn("human", "What is it?"), SAID]), r"content of message 1 \(role human\)"),
-        ("qwen3", dict(messages=[ASKED, turn("environment", "18C"), SAID]), r"content of message 2 \(role environment\)"),
+        ("deepseek_r1_distill", dict(messages=[turn("critic", "What is it?"), SAID]), r"content of message 1 \(role critic\)"),
+        ("qwen3", dict(messages=[ASKED, turn("critic", "18C"), SAID]), r"content of message 2 \(role critic\)"),
         ("deepseek_r1_distill", dict(messages=[turn("system", "One."), turn("system", "Two."), ASKED, SAID]), "message 1|message 2"),
-        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Four.", reasoning_content="R1")]), "the reasoning_content of message 2"),
-        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "<think>\nHm.\n</think>\nFour.")]), "before </think> of message 2"),
-        ("qwen2_5", dict(messages=[ASKED, turn("assistant", "Four.", reasoning_content="R1")]), "the reasoning_content of message 2"),
-        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Let me see.", tool_calls=CALL), SAID]), "message 2"),
-        ("qwen3", dict(messages=[ASKED, SAID], tools=[{"type": "function"}]), "has tools beside messages"),
-        ("qwen3", dict(messages=[ASKED, SAID], system="Answer in French."), "has system beside messages"),
+        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Let me see.", tool_calls=CALL), SAID]), "a tool call of message 2"),
+        ("deepseek_r1_distill", dict(messages=[ASKED, SAID], tools=[TOOL]), "leaves out the tool: get_weather"),
+        ("qwen3", dict(messages=[ASKED, SAID], tools=[{"type": "function"}]), "has tools without a name"),
+        ("qwen3", dict(messages=[turn("system", "Be kind."), ASKED, SAID], system="Answer in French."), "in column system and another one"),
+        ("gemma3", dict(messages=[ASKED, turn("assistant", "a"), ASKED, SAID], tools=[TOOL]), "leaves out the tool: get_weather"),
+        ("gptoss", dict(messages=[ASKED, turn("assistant", "a", reasoning="R1"), ASKED, SAID]), "leaves out the reasoning of message 2 .*KEEP_REASONING=template"),
+        ("qwen3", dict(messages=[ASKED, turn("assistant", None)]), "content of message 2 is null"),
+        ("qwen3", dict(messages=[turn("user", [{"type": "image_url"}]), SAID]), "part of type image_url"),
+        ("qwen3", dict(messages=[ASKED, SAID], images=["a.png"]), "has images beside its text"),
+        ("qwen3", dict(messages=[ASKED, turn("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), SAID]), "arguments of f are not JSON"),
         ("qwen3", dict(messages=[ASKED, {**SAID, "weight": 0.5}]), "weight 0.5; it takes 0 and 1"),
         ("llama3", dict(messages=[ASKED, turn("assistant", "<think></think>")]), "message 2 says nothing"),
     ],
@@ -136,8 +155,7 @@ def test_what_the_template_leaves_out_ends_the_run_with_its_row(
     fine = {"messages": [ASKED, SAID]}
     with pytest.raises(SettingsError, match=rf"rows.jsonl row 2 \(line 2\): .*({why})"):
         tokens(tmp_path, made, [fine, row, fine], TRAIN_ON="all")
-    kept = tokens(tmp_path, made, [fine, row, fine], TRAIN_ON="all", DROP_BAD_ROWS="1")
-    assert len(kept.dataset) == 2 and kept.dropped == 1
+    assert len(tokens(tmp_path, made, [fine, row, fine], TRAIN_ON="all", DROP_BAD_ROWS="1").dataset) == 2
 
 
 def test_a_message_of_weight_0_is_not_trained(tmp_path: Path) -> None:
@@ -151,8 +169,10 @@ def test_a_message_of_weight_0_is_not_trained(tmp_path: Path) -> None:
         ]
     )
     assert "Paris" not in trained(tokens(tmp_path, made, [row]), made)
-    with pytest.raises(SettingsError, match="weight 0, which TRAIN_ON=all would train"):
-        tokens(tmp_path, made, [row], TRAIN_ON="all")
+    everything = tokens(tmp_path, made, [row], TRAIN_ON="all")
+    found = trained(everything, made)
+    assert "Paris" not in found and "Capital of France?" in found and "18 degrees." in found
+    assert any("1 rows have messages of weight 0" in note for note in everything.notes)
 
 
 def test_a_row_that_a_template_refuses_is_named_and_may_be_dropped(tmp_path: Path) -> None:
