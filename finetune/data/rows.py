@@ -70,7 +70,6 @@ def load(settings: Settings) -> Rows:
         raise SettingsError(f"DATASET_NAME={name}: holds no rows in {settings.dataset_split}")
     first: Row = next((row for _, row in found if isinstance(row, dict)), {})
     form = formats.choose(first, settings)
-    print(formats.told(first, form, settings), flush=True)
     needs, reads = form.needs(settings), form.reads(settings)
     good, bad, places = [], [], []
     for where, row in found:
@@ -84,6 +83,7 @@ def load(settings: Settings) -> Rows:
     if not good:
         raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
     form.check(settings)  # refused now, and not after a model was downloaded
+    print(formats.told(first, form, settings), flush=True)
     digest = hashlib.sha256(json.dumps(good, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     return Rows(name, commit, good, form.NAME, len(found), len(bad), digest, places)
 

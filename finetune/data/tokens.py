@@ -12,12 +12,13 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from finetune.data import processes
+from finetune.data import processes, shown
 from finetune.data.formats import FORMATS, Format
 from finetune.data.formats.base import FLAGS, BadRow, Span, Text, any_of, special_texts
 from finetune.data.kept import Guard
 from finetune.data.reading import Row
 from finetune.data.rows import Rows, refuse
+from finetune.data.shown import IGNORE_INDEX
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100  # label that the loss leaves out
 SAMPLE = 1000  # rows on which another way to read the tokenizer is tried
 
 
@@ -84,6 +84,11 @@ class Tokens:
         """The first rows' texts, as they are trained."""
         for ids in self.dataset.select(range(min(SAMPLE, len(self.dataset))))["input_ids"]:
             yield tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
+
+    def first(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The first row as it is trained, with the trained part marked."""
+        row = self.dataset[0]
+        return shown.row(tokenizer, row["input_ids"], row["labels"])
 
     def describe(self, dropped: int) -> str:
         """Lines for the console. dropped: rows that were left out before."""

@@ -46,6 +46,11 @@ CHAT = [
 
 
 def source(name: str) -> str:
+    own = (
+        Path(__file__).parent.parent / "chat_templates" / f"{name}.jinja"
+    )  # of models whose template trl does not ship
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
     return resources.files("trl").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
 
 
@@ -134,11 +139,11 @@ CALL = [{"type": "function", "function": {"name": "get_weather", "arguments": {"
         ("deepseek_r1_distill", dict(messages=[turn("critic", "What is it?"), SAID]), r"content of message 1 \(role critic\)"),
         ("qwen3", dict(messages=[ASKED, turn("critic", "18C"), SAID]), r"content of message 2 \(role critic\)"),
         ("deepseek_r1_distill", dict(messages=[turn("system", "One."), turn("system", "Two."), ASKED, SAID]), "message 1|message 2"),
-        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Let me see.", tool_calls=CALL), SAID]), "a tool call of message 2"),
-        ("deepseek_r1_distill", dict(messages=[ASKED, SAID], tools=[TOOL]), "leaves out the tool: get_weather"),
+        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Let me see.", tool_calls=CALL), SAID]), "message 2 calls a tool|leaves out a tool call of message 2"),
+        ("deepseek_r1_distill", dict(messages=[ASKED, SAID], tools=[TOOL]), "has tools, and the model.s chat template has no place"),
         ("qwen3", dict(messages=[ASKED, SAID], tools=[{"type": "function"}]), "has tools without a name"),
         ("qwen3", dict(messages=[turn("system", "Be kind."), ASKED, SAID], system="Answer in French."), "in column system and another one"),
-        ("gemma3", dict(messages=[ASKED, turn("assistant", "a"), ASKED, SAID], tools=[TOOL]), "leaves out the tool: get_weather"),
+        ("gemma3", dict(messages=[ASKED, turn("assistant", "a"), ASKED, SAID], tools=[TOOL]), "has tools, and the model.s chat template has no place"),
         ("gptoss", dict(messages=[ASKED, turn("assistant", "a", reasoning="R1"), ASKED, SAID]), "leaves out the reasoning of message 2 .*KEEP_REASONING=template"),
         ("qwen3", dict(messages=[ASKED, turn("assistant", None)]), "content of message 2 is null"),
         ("qwen3", dict(messages=[turn("user", [{"type": "image_url"}]), SAID]), "part of type image_url"),

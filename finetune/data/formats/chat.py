@@ -7,6 +7,7 @@ import datetime
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from finetune.data.formats.answers import OPENED, Answers
 from finetune.data.formats.base import BadRow, Row, Span, Text, any_of, special_texts
 from finetune.data.formats.dialect import ASKED, Dialect
 from finetune.data.formats.marks import THOUGHT, Layout, Missing, lay
@@ -17,7 +18,6 @@ from finetune.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OPENED = re.compile(r"<think>\s*$")  # how the prompt of a reasoning model ends; an answer need not begin with it
 EMPTY = re.compile(r"<think>\s*</think>\s*$")
 
 
@@ -67,6 +67,7 @@ class Chat:
 
     def text(self, said: Conversation) -> Text:
         """The conversation in the chat format; the answers are the assistant's turns, each with its end. Raises BadRow."""
+        self._has_place_for_tools(said)
         flags = set(said.said)
         turns = [self._prepared(turn, flags) for turn in said.turns]
         if self.keeps == "last":
@@ -83,7 +84,8 @@ class Chat:
         taken = [n for n in (spoken[-1:] if self.train_on == "last" else spoken) if n not in said.muted]
         if not taken:
             raise BadRow("has no assistant's message that is trained")
-        spans = {n: self._answer(turns, said, options, layout, n) for n in {*taken, *_assistants(turns, said.muted)}}
+        find = Answers(self.dialect, self.special, self.asks, self.ends, turns, said.tools, options, layout)
+        spans = {number: find.span(number) for number in {*taken, *_assistants(turns, said.muted)}}
         others = [span for n, span in _own(layout, said.muted - set(spans))]
         literal = [
             (span[0] + found.start(), span[0] + found.end())
@@ -99,6 +101,14 @@ class Chat:
             untrained=[spans[n] for n in spans if n in said.muted] + others,
             said=frozenset(flags),
         )
+
+    def _has_place_for_tools(self, said: Conversation) -> None:
+        """Raise BadRow where the template never reads tools, or calls of them."""
+        called = next((number for number, turn in enumerate(said.turns, 1) if "tool_calls" in turn), None)
+        if called and "tool_calls" not in self.dialect.source:
+            raise BadRow(f"message {called} calls a tool, and the model's chat template has no place for calls")
+        if said.tools and "tools" not in self.dialect.source:
+            raise BadRow("has tools, and the model's chat template has no place for them")
 
     def _prepared(self, turn: Turn, flags: set[str]) -> Turn:
         """A turn without an EOS that people write at the end of an answer, and with its reasoning where the template looks for it."""
@@ -160,7 +170,7 @@ class Chat:
             split = THOUGHT.fullmatch(turn.get("content", "")) if turn["role"] == ASSISTANT else None
             if split and not split["thought"].strip() and not turn.get("_opaque") and self.dialect.tags:
                 own = next(
-                    (span for piece, span in _pairs(layout) if piece.turn == number and piece.kind == "text"), None
+                    (span for piece, span in layout.found() if piece.turn == number and piece.kind == "text"), None
                 )
                 if own and not EMPTY.search(layout.text[: own[0]]):
                     found.add(number)
@@ -173,42 +183,6 @@ class Chat:
             key for key, value in turn.items() if key not in known and key[0] != "_" and not isinstance(value, str)
         )
         return any(not re.search(rf"\b{re.escape(key)}\b", self.dialect.source) for key in fields)
-
-    def _answer(
-        self, turns: list[Turn], said: Conversation, options: dict[str, Any], layout: Layout, number: int
-    ) -> Span:
-        """The span of one of the assistant's turns: from what asks for it to its end token."""
-        text, pairs = layout.text, _pairs(layout)
-        own = [span for piece, span in pairs if piece.turn == number]
-        if own:
-            start, end = min(own)[0], max(last for _, last in own)
-            before = max((last for piece, (_, last) in pairs if piece.turn != number and last <= start), default=0)
-            after = min(
-                (first for piece, (first, _) in pairs if piece.turn != number and first >= end), default=len(text)
-            )
-        else:  # it only calls tools, whose place is not known
-            before = end = max((last for piece, (_, last) in pairs if piece.turn < number), default=0)
-            after = start = min((first for piece, (first, _) in pairs if piece.turn > number), default=len(text))
-        asked = text.rfind(self.asks, before, start) if self.asks else -1
-        if asked >= 0:
-            start = asked + len(self.asks)
-        elif number:
-            # the template adds nothing to ask for an answer: then all that it writes before the turn asks for it
-            asking = OPENED.sub("", self.dialect.write(turns[:number], said.tools, options, asking=True))
-            if text.startswith(asking) and before <= len(asking) <= start:
-                start = len(asking)
-        if turns[number].get("tool_calls"):
-            through = self.dialect.write(turns[: number + 1], said.tools, options).rstrip()
-            if text.startswith(through) and len(through) >= end:
-                return start, len(through)
-            if self.ends and (at := text.find(self.ends, end, after)) >= 0:
-                return start, at + len(self.ends)
-            if not own:
-                raise BadRow(f"the model's chat template hides where the tool calls of message {number + 1} end")
-        ending = self.special.search(text, end, after) if self.ends else None
-        if ending and text.startswith(self.ends, ending.start()):
-            return start, ending.start() + len(self.ends)
-        return start, ending.end() if ending else end
 
 
 class Chatting:
@@ -258,13 +232,8 @@ class Chatting:
         return self.chat.prompt(question)
 
 
-def _pairs(layout: Layout) -> list[tuple[Any, Span]]:
-    """The pieces whose place is known."""
-    return [(piece, span) for piece, span in zip(layout.pieces, layout.places, strict=True) if span]
-
-
 def _own(layout: Layout, numbers: frozenset[int] | set[int]) -> list[tuple[int, Span]]:
-    return [(piece.turn, span) for piece, span in _pairs(layout) if piece.turn in numbers]
+    return [(piece.turn, span) for piece, span in layout.found() if piece.turn in numbers]
 
 
 def _assistants(turns: list[Turn], numbers: frozenset[int]) -> set[int]:

@@ -120,7 +120,10 @@ class Dialect:
         for name, content in hidden.items():
             before, found, after = text.partition(name)
             if not found or name in after:
-                raise BadRow("has reasoning that the model's chat template cannot be told to keep")
+                raise BadRow(
+                    "has reasoning that the model's chat template cannot be told to keep; KEEP_REASONING=template trains such "
+                    "rows without it"
+                )
             text = OWN_THOUGHT.sub("", before) + content + after
         return text
 

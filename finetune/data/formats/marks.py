@@ -53,9 +53,9 @@ class Piece:
             return [self.text]
         escaped = json.dumps(self.text, ensure_ascii=False)[1:-1]
         html = escaped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026").replace("'", "\\u0027")
-        return list(
-            dict.fromkeys([self.text, escaped, json.dumps(self.text)[1:-1], html])
-        )  # Jinja's own tojson is the last
+        python = json.dumps(self.text, ensure_ascii=False)[1:-1].replace('\\"', '"').replace("'", "\\'")
+        # the last two: Jinja's own tojson, and calls as Python writes them
+        return list(dict.fromkeys([self.text, escaped, json.dumps(self.text)[1:-1], html, python]))
 
 
 class Missing(Exception):
@@ -77,6 +77,10 @@ class Layout:
     pieces: list[Piece]
     places: list[Span | None]
     unwritten: bool
+
+    def found(self) -> list[tuple[Piece, Span]]:
+        """The pieces whose place is known."""
+        return [(piece, span) for piece, span in zip(self.pieces, self.places, strict=True) if span]
 
 
 def pieces(turns: list[Turn], tools: list[Any]) -> list[Piece]:
@@ -167,13 +171,15 @@ def lay(write: Write, turns: list[Turn], tools: list[Any], ignored: frozenset[in
     if plain != found:
         # templates may sort the names of arguments, or know a tool by its name: then those are not marked, or equally
         few = [piece for piece in found if piece.kind != "key"]
+        first: Missing | None = None
         for chosen, shared in ((found, False), (few, False), (found, True), (few, True)):
             try:
                 if made := work.laid(chosen, shared):
                     return made
             except Missing as missing:
+                first = first or missing
                 if shared or any(piece.kind in PLAIN for piece in missing.pieces):
-                    raise
+                    raise first from None
             except BadRow:  # the template takes no mark there
                 continue
     made = work.laid(plain, False, last=True)
