@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.data.formats import base
+from finetune.data.shown import IGNORE_INDEX
 from finetune.data.store import Stored
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pyarrow import RecordBatch
 
-IGNORE_INDEX = -100  # label that the loss leaves out
-FLAGS = ("truncated", "marked", "literal", "rewritten")  # what there is to say of a row
+FLAGS = ("truncated", *base.FLAGS)  # what there is to say of a row
 
 
 def packed(rows: Sequence[dict[str, Any]], numbers: Sequence[int]) -> RecordBatch:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 from finetune.data import opened, tables
+from finetune.data.checks import whole
 from finetune.data.opened import File
 from finetune.errors import SettingsError
 
@@ -67,7 +68,7 @@ def _lines(file: File, stream: IO[bytes]) -> Iterator[tuple[int, str | Unread]]:
 
 
 def _jsonl(file: File, _: set[str], after: int) -> Iterator[Read]:
-    decode = json.JSONDecoder(object_pairs_hook=_object).decode
+    decode = json.JSONDecoder(object_pairs_hook=whole).decode
     with file.stream() as stream:
         for index, (number, line) in _from(after, _lines(file, stream)):
             row: Any = line
@@ -105,7 +106,7 @@ def _json(file: File, _: set[str], after: int) -> Iterator[Read]:
 def _whole(file: File, text: str) -> list[Any]:
     """The rows of an object with one list of them, such as {"data": [...]}."""
     try:
-        found = json.loads(text, object_pairs_hook=_object)
+        found = json.loads(text, object_pairs_hook=whole)
     except (ValueError, RecursionError) as error:
         raise SettingsError(
             f"DATASET_NAME={file.shown}: {_not_json(error)}; it takes a list of objects, such as [{EXAMPLE}], and a file "
@@ -133,7 +134,7 @@ class _Items:
     def __init__(self, file: File, stream: io.TextIOWrapper, begin: str):
         self.file, self.stream = file, stream
         self.buffer, self.at, self.lines = begin, begin.index("[") + 1, 1  # lines: up to the buffer
-        self.decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+        self.decode = json.JSONDecoder(object_pairs_hook=whole).raw_decode
 
     def items(self) -> Iterator[Any]:
         """Each item. Raises SettingsError that names the line where the text is no JSON."""
@@ -192,15 +193,6 @@ class _Items:
     def _refusal(self, index: int, why: str, at: int) -> SettingsError:
         line = self.lines + self.buffer.count("\n", 0, at)
         return SettingsError(f"DATASET_NAME={self.file.shown}: {why} in row {index}, line {line}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    """A JSON object. Python keeps the last of two values with one name; nothing may be lost so."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)} more than once")
-    return made
 
 
 def _not_json(error: ValueError | RecursionError) -> str:

@@ -194,7 +194,7 @@ def inputs(settings: Settings) -> Iterator[str]:
     named = dict(
         MODEL_NAME=settings.model_name,
         DATASET_NAME=settings.dataset_name if settings.dataset_name != "samples" else None,
-        PROMPT_TEMPLATE=settings.prompt_template,
+        PROMPT_TEMPLATE=settings.template_file,
     )
     for variable, name in named.items():
         path = Path(name or "").expanduser()

@@ -73,7 +73,7 @@ def train_in(
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded), source.has_tokenizer_json)
-    console.phase("loading", tokens.describe(rows.dropped))
+    console.phase("loading", f"{tokens.describe(rows.dropped)}\n{data.shown.told(tokens.first(tokenizer))}")
     identity = {
         **settings.deciding(),
         **choice.deciding(),
@@ -134,7 +134,7 @@ def train_in(
             process_gib=round(memory.peak_gib(), 3),
         ),
         verification=merged.record() if merged else None,
-        samples=dict(question=settings.sample_question, before=before, after=after),
+        samples=dict(question=settings.sample_question, before=before, after=after, row=tokens.first(tokenizer)),
         environment=provenance.environment(gpu, environ),
         timings=dict(
             clock.seconds,

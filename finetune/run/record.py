@@ -153,9 +153,12 @@ class Verification(TypedDict):
 
 
 class Samples(TypedDict):
+    """row: the first row as it is trained, the trained part between ‹ and ›, cut in its middle where it is long."""
+
     question: Line
     before: str
     after: str
+    row: NotRequired[str]
 
 
 class Environment(TypedDict):

@@ -202,6 +202,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f3f4f6; padd
 <h2>Curves</h2><img alt="loss, learning rate, gradient norm and epoch over the global step" src="data:image/png;base64,{image}">
 <h2>Before and after</h2><p>{escape(s["question"])}</p>
 <h3>Before training</h3><pre>{escape(s["before"])}</pre><h3>After training</h3><pre>{escape(s["after"])}</pre>
+<h2>First row as it is trained</h2><p>The loss is on what stands between ‹ and ›.</p><pre>{escape(s.get("row", ""))}</pre>
 <h2>Rows</h2>{table(list(record["dataset"].items()))}
 <h2>Verification</h2>{table(list((record["verification"] or {}).items()))}
 <h2>Settings</h2>{table(list(record["settings"].items()))}

@@ -20,7 +20,7 @@ import pytest
 import tiny
 from conftest import ROOT
 from finetune import data
-from finetune.data import packing, rows, store
+from finetune.data import checked, packing, rows, store
 from finetune.errors import MachineError, SettingsError
 from finetune.settings import Settings, declarations
 from finetune.sources.model import Source
@@ -52,13 +52,13 @@ def tokens(path: Path, words: Path, **values: Any) -> tuple[data.Rows, data.Toke
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows are tokenized from now on, in a list of one number."""
-    done, many = [0], data.tokens.Encoder.many
+    done, many = [0], data.encoder.Encoder.many
 
     def noted(self: Any, given: list[Any]) -> Any:
         done[0] += len(given)
         return many(self, given)
 
-    monkeypatch.setattr(data.tokens.Encoder, "many", noted)
+    monkeypatch.setattr(data.encoder.Encoder, "many", noted)
     return done
 
 
@@ -67,7 +67,7 @@ def test_hashes_and_counts_are_those_of_lists(tmp_path: Path, words: Path, train
     """As they were when all rows were in memory: computed here anew, in that way."""
     monkeypatch.setattr(store, "SHARD_ROWS", 70)
     monkeypatch.setattr(data.tokens, "CHUNK", 20)
-    monkeypatch.setattr(rows, "BATCH", 30)
+    monkeypatch.setattr(checked, "BATCH", 30)
     found, made_of = tokens(made(tmp_path / "rows.jsonl", 230), words, TRAIN_ON=train_on, MAX_SEQ_LENGTH=32)
     listed = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert found.rows == listed and found.rows[229] == listed[229] and found.rows[-1] == listed[-1]
@@ -129,8 +129,8 @@ def test_every_setting_that_this_room_reads_is_in_the_key() -> None:
     known = {declared.field for declared in declarations()}
     code = "".join(path.read_text() for path in (ROOT / "finetune" / "data").rglob("*.py"))
     read = set(re.findall(r"settings\.(\w+)", code)) & known
-    only_names = {"model_name"}  # for messages; the tokenizer itself is in the key
-    assert read - only_names - {"prompt_template", "dataset_num_proc"} <= {*rows.DECIDING}, "add it to DECIDING"
+    # model_name is for messages: the tokenizer itself is in the key; and tokens do not depend on the number of processes
+    assert read - {"model_name", "dataset_num_proc"} <= {*rows.DECIDING}, "add it to DECIDING"
 
 
 BREAKS = """
@@ -138,8 +138,8 @@ import sys; sys.path[:0] = [{root!r}, {tests!r}]
 import os, signal
 from pathlib import Path
 import test_store as t
-from finetune.data import store, rows, tokens
-store.SHARD_ROWS, rows.BATCH, tokens.CHUNK = 200, 50, 50
+from finetune.data import store, checked, tokens
+store.SHARD_ROWS, checked.BATCH, tokens.CHUNK = 200, 50, 50
 stop, replace = int(sys.argv[3]), os.replace
 def replaced(source, target):
     global stop
