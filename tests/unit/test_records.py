@@ -323,7 +323,7 @@ def test_tokens_are_only_spoken_of_where_rows_and_model_are_the_recorded_ones() 
         parts: list[Any] = [
             source,
             SimpleNamespace(name="rows.jsonl", sha256=SHA),
-            SimpleNamespace(sha256=tokens, date=None),
+            SimpleNamespace(sha256=tokens, date=None, held_out=None),
         ]
         with pytest.raises(SettingsError) as caught:
             inputs.check(*parts, wanted)
