@@ -49,7 +49,9 @@ def test_the_sentence() -> None:
         after = [loss + 100 * (shift + spread * (row % 7 - 3)) for row, loss in enumerate(before)]
         return measured.compare(before[:rows], after[:rows], labels[:rows]).sentence()
 
-    assert told(-0.51).startswith("On 64 held-out rows the loss fell from 1.92 to 1.41 (perplexity 6.8 to 4.1; 95 %: by 0.4")
+    assert told(-0.51).startswith(
+        "On 64 held-out rows the loss fell from 1.92 to 1.41 (perplexity 6.8 to 4.1; 95 %: by 0.4"
+    )
     assert told(0.5).startswith("On 64 held-out rows the loss rose from 1.92 to 2.42 (perplexity 6.8 to 11.")
     assert told(0.001).endswith("): too few updates or rows to tell") and " fell" not in told(0.001)
     assert told(-0.5, rows=1).startswith("On 1 held-out row the loss went from")
