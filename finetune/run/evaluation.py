@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.run import measured
+
+WHAT = {"adapter": "base with the adapter", "merged": "merged weights"}
 
 if TYPE_CHECKING:
     from finetune.data.held_out import HeldOut
@@ -34,6 +36,23 @@ def record(held: HeldOut | None, course: Course | None) -> dict[str, Any] | None
             for place, labels, first, last in zip(held.places, points.labels, before, after, strict=True)
         ],
     )
+
+
+def of_run(held: HeldOut, losses: Mapping[str, list[float]], labels: list[int]) -> dict[str, Any]:
+    """What eval.json holds: the figures of each row, and what adapter and merged weights gained.
+
+    losses: name (base, adapter, merged) -> summed loss of each row. labels: of each row.
+    """
+    compared = {}
+    for name in [name for name in losses if name != "base" and "base" in losses]:
+        comparison = measured.compare(losses["base"], losses[name], labels)
+        compared[name] = dict(**comparison.record(), sentence=comparison.sentence(f"the loss of the {WHAT[name]}"))
+    alone = {name: measured.compare(each, each, labels).before.record() for name, each in losses.items()}
+    each = [
+        dict(row=place, labels=count, **{name: losses[name][index] for name in losses})
+        for index, (place, count) in enumerate(zip(held.places, labels, strict=True))
+    ]
+    return dict(**held.record(), rows=len(each), labels=sum(labels), losses=alone, compared=compared, each=each)
 
 
 def prompts(prompt: str, held: HeldOut | None) -> list[str]:

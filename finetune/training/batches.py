@@ -14,7 +14,6 @@ from finetune.engines import passes
 from finetune.engines.token_losses import of_logits, token_losses
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -86,11 +85,12 @@ class Padded(_InPlace):
 
     pads = True
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, sample: Row):
-        """dtype: of the activations. sample: a row, to find out how the loss can be computed."""
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, sample: Row):
+        """model: with an adapter or without. dtype: of the activations. sample: a row, to find out how the loss can be computed."""
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-        self.model, self.base = model, model.get_base_model()
+        self.model = model
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device = next(model.parameters()).device if not torch.cuda.is_available() else torch.device("cuda")
         self.dtype = dtype
         self.collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)

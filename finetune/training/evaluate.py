@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 from finetune import console, files
 from finetune.errors import MachineError
 from finetune.training.batches import MicroBatches, Row, labels_of
-from finetune.training.plan import Plan
 from finetune.training.update import forget
 
 if TYPE_CHECKING:
@@ -81,13 +80,14 @@ class Evaluation:
     code was made ready for more; cut: how many these are.
     """
 
-    def __init__(self, model: Any, batches: MicroBatches, rows: Sequence[Row], plan: Plan, longest: int):
+    def __init__(
+        self, model: Any, batches: MicroBatches, rows: Sequence[Row], size: int, most: int | None, longest: int
+    ):
         self.model, self.batches = model, batches
         self.rows = [{name: row[name][:longest] for name in ("input_ids", "labels")} for row in rows]
         self.cut = sum(len(row["input_ids"]) > longest for row in rows)
         self.points = Points([labels_of([row]) for row in self.rows])
-        self.size, self.longest = plan.micro_batch, longest
-        self.most = max(plan.tokens, longest) if plan.tokens else None
+        self.size, self.most, self.longest = size, most, longest
         self.seconds = 0.0
 
     def measure(self, update: int) -> float | None:

@@ -150,7 +150,9 @@ def _evaluation(
     """What measures on the held-out rows, after it has measured the base or taken up what the resumed run has measured."""
     if tokens.held_out is None or not tokens.held_out.rows:
         return None
-    made = Evaluation(model, batches, tokens.held_out.rows, chosen, tokens.longest)
+    # a piece is no larger than the largest of training, where that is known
+    most = max(chosen.tokens, tokens.longest) if chosen.tokens else None
+    made = Evaluation(model, batches, tokens.held_out.rows, chosen.micro_batch, most, tokens.longest)
     points = Points.load(resume) if resume is not None else None
     if made.cut:
         print(

@@ -90,9 +90,9 @@ def test_the_packed_path_measures_the_same(llama: Path, tmp_path: Path, attended
 def test_training_s_bytes_are_those_without_evaluation(
     llama: Path,
     tmp_path: Path,
-    attended: list[int],
+    attended: list[int],  # noqa: F811
     packed: bool,
-    dropout: str,  # noqa: F811
+    dropout: str,
 ) -> None:
     choice = Choice("transformers", "a test", compiled=packed, deterministic=True)
     values = {**OFTEN, "MAX_STEPS": "4", "LORA_DROPOUT": dropout}
