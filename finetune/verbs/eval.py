@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from finetune import console, data, files
+from finetune.data.held_out import HeldOut
 from finetune.engines import precision, refusals
 from finetune.errors import MachineError, SettingsError
 from finetune.inference import load
@@ -19,9 +21,6 @@ from finetune.settings import Settings
 from finetune.sources.model import Source
 from finetune.training.batches import Padded
 from finetune.training.evaluate import Evaluation
-
-if TYPE_CHECKING:
-    from finetune.data.held_out import HeldOut
 
 ROWS = 8  # measured at a time; fewer where memory runs out
 
@@ -57,25 +56,29 @@ def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
 
 def _rows(found: Trained) -> HeldOut:
     """The rows to measure on: those of EVAL_DATASET_NAME and EVAL_SPLIT, else those that the run held out."""
-    settings, recorded = found.settings, found.record["settings"]
-    as_run = {name.upper(): recorded.get(name.upper()) for name in ("eval_rows", "eval_split", "eval_dataset_name")}
+    settings, evaluated = found.settings, found.record.get("evaluation")
     own = settings.eval_dataset_name is None and settings.eval_split == "auto"
-    if own and not found.record.get("evaluation"):
+    if own and not evaluated:
         raise SettingsError(
             f"EVAL_DATASET_NAME: the run in OUTPUT_DIR={found.output} held no rows out, so which ones are to be measured has to be said, for "
             "example EVAL_DATASET_NAME=held-out.jsonl, or EVAL_SPLIT=train[500:564] of the data that it was trained on"
         )
     if own:
-        settings = settings.replaced(**{name.lower(): value for name, value in as_run.items()})
-    source = found.base if found.base and not found.merged else Source("", None, found.output / _part(found))
-    tokenizer = data.tokenizer(source)
-    tokens = data.tokenize(data.load(settings), tokenizer, settings, folder.day_of(found.record))
-    rows = tokens.held_out
+        recorded = found.record["settings"]
+        names = ("EVAL_ROWS", "EVAL_SPLIT", "EVAL_DATASET_NAME")
+        settings = settings.replaced(**{name.lower(): recorded[name] for name in names})
+    part = found.output / ("adapter" if (found.output / "adapter").is_dir() else "merged")
+    tokenizer, day = data.tokenizer(Source(str(part), None, part)), folder.day_of(found.record)
+    rows: HeldOut | None
+    if settings.eval_dataset_name and list(data.rows.missing(settings.replaced(eval_rows=0))):
+        print("note: the data that was trained is not there, so near-duplicates of it are not looked for", flush=True)
+        rows = _alone(settings, tokenizer, day)
+    else:
+        rows = data.tokenize(data.load(settings), tokenizer, settings, day).held_out
     if rows is None or not rows.rows:
         raise SettingsError(
             f"EVAL_ROWS: {rows.describe() if rows else 'no rows are held out with EVAL_ROWS=0, for example EVAL_ROWS=64'}"
         )
-    evaluated = found.record.get("evaluation")
     if own and evaluated and rows.sha256 != evaluated["tokens_sha256"]:
         print(
             "note: these are not quite the rows that the run held out, since data or tokenizer have changed", flush=True
@@ -83,8 +86,16 @@ def _rows(found: Trained) -> HeldOut:
     return rows
 
 
-def _part(found: Trained) -> str:
-    return "adapter" if (found.output / "adapter").is_dir() else "merged"
+def _alone(settings: Settings, tokenizer: Any, day: datetime.date) -> HeldOut:
+    """The rows of EVAL_DATASET_NAME, compared with none."""
+    there = data.rows.measured(settings)
+    loaded = data.load(there)
+    tokens = data.tokenize(loaded, tokenizer, there, day)
+    rows = list(tokens.dataset.select(range(min(settings.eval_rows, len(tokens.dataset)))))
+    return HeldOut(
+        name=loaded.name, rows=rows, places=[f"{loaded.name}, good row {number}" for number in range(1, len(rows) + 1)], questions=[],
+        truncated=tokens.truncated, dropped=loaded.dropped + tokens.dropped, duplicates=0, sha256=tokens.sha256,
+    )  # fmt: skip
 
 
 def _measurings(found: Trained, rows: HeldOut) -> Iterator[tuple[str, Evaluation]]:
