@@ -112,18 +112,28 @@ def _good(found: list[Placed], settings: Settings) -> tuple[type[Format], list[R
 
 
 def _held(of_split: tuple[list[Placed], bool], settings: Settings) -> Held | None:
-    """The rows that are held out: of the split that is trained, or where EVAL_DATASET_NAME and EVAL_SPLIT say. of_split: those, and whether a bad one ends the run."""
-    found, strict = of_split
-    name = settings.eval_dataset_name or settings.dataset_name
+    """The rows that are held out. of_split: those of the split that is trained, and whether a bad one ends the run."""
     if not settings.eval_rows:
         return None
     if _elsewhere(settings):
-        with _named_for_evaluation(settings):
-            there = measured(settings)
-            _, found, _ = _read(there)
-            found, strict = found[: held_out.SPARE * settings.eval_rows], True
-            if not found:
-                raise SettingsError(f"DATASET_NAME={name}: holds no rows in {there.dataset_split}")
+        return held_elsewhere(settings)
+    found, strict = of_split
+    return _checked(settings.dataset_name, found, strict, settings)
+
+
+def held_elsewhere(settings: Settings) -> Held:
+    """The rows that EVAL_DATASET_NAME and EVAL_SPLIT name, whatever is trained. Raises SettingsError where there are none, or bad ones."""
+    there = measured(settings)
+    with _named_for_evaluation(settings):
+        if problems := list(_missing(there.dataset_name)):
+            raise SettingsError(*problems)
+        _, found, _ = _read(there)
+        if not found:
+            raise SettingsError(f"DATASET_NAME={there.dataset_name}: holds no rows in {there.dataset_split}")
+    return _checked(there.dataset_name, found[: held_out.SPARE * settings.eval_rows], True, settings)
+
+
+def _checked(name: str, found: list[Placed], strict: bool, settings: Settings) -> Held:
     if not found:
         return Held(name, [], "", 0, [], strict)
     form, good, places, bad = _good(found, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import gc
 from collections.abc import Iterator, Mapping
@@ -63,18 +64,23 @@ def _rows(found: Trained) -> HeldOut:
             f"EVAL_DATASET_NAME: the run in OUTPUT_DIR={found.output} held no rows out, so which ones are to be measured has to be said, for "
             "example EVAL_DATASET_NAME=held-out.jsonl, or EVAL_SPLIT=train[500:564] of the data that it was trained on"
         )
-    if own:
-        recorded = found.record["settings"]
-        names = ("EVAL_ROWS", "EVAL_SPLIT", "EVAL_DATASET_NAME")
-        settings = settings.replaced(**{name.lower(): recorded[name] for name in names})
+    recorded = found.record["settings"]
+    as_run = settings.replaced(
+        eval_rows=recorded.get("EVAL_ROWS", 0),
+        eval_split=recorded.get("EVAL_SPLIT", "auto"),
+        eval_dataset_name=recorded.get("EVAL_DATASET_NAME"),
+    )
     part = found.output / ("adapter" if (found.output / "adapter").is_dir() else "merged")
     tokenizer, day = data.tokenizer(Source(str(part), None, part)), folder.day_of(found.record)
     rows: HeldOut | None
-    if settings.eval_dataset_name and list(data.rows.missing(settings.replaced(eval_rows=0))):
+    if not own and list(data.rows.missing(settings.replaced(eval_rows=0))):
         print("note: the data that was trained is not there, so near-duplicates of it are not looked for", flush=True)
         rows = _alone(settings, tokenizer, day)
     else:
-        rows = data.tokenize(data.load(settings), tokenizer, settings, day).held_out
+        # what was trained is known by the rows that were held out then
+        there = data.load(as_run)
+        there = there if own else dataclasses.replace(there, held=data.rows.held_elsewhere(settings))
+        rows = data.tokenize(there, tokenizer, as_run if own else settings, day).held_out
     if rows is None or not rows.rows:
         raise SettingsError(
             f"EVAL_ROWS: {rows.describe() if rows else 'no rows are held out with EVAL_ROWS=0, for example EVAL_ROWS=64'}"
