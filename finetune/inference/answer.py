@@ -38,12 +38,10 @@ def sample(
         asked = prompts if fast else prompts[:1]
         others = f" and {len(asked) - 1} held-out ones" if asked[1:] else ""
         slow = "; held-out ones only by the fast decoder, on a GPU" if prompts[1:] and not fast else ""
-        console.phase("asking", f"asking the sample question{others} {when} training{slow}")
-        began = time.monotonic()
-        with engine.answering(model):
+        began, what = time.monotonic(), f"asking the sample question{others} {when} training{slow}"
+        with console.stage("asking", what), engine.answering(model):
             found, count = _all(model, tokenizer, asked, settings)
-        seconds = time.monotonic() - began
-        print(f"answered: {count} tokens in {seconds:.0f} s, {count / max(seconds, 0.001):.0f} tokens/s", flush=True)
+        print(f"answered: {count} tokens, {count / max(time.monotonic() - began, 0.001):.0f} a second", flush=True)
         return found
 
     return ask

@@ -423,12 +423,10 @@ def made(**parts: Any) -> Record:
     return parts  # type: ignore[return-value]  # as `problems` has found
 
 
-def entries(output: Path, names: list[str]) -> dict[str, Entry]:
-    """What run.json says of files, under their names."""
-    return {
-        name: Entry(sha256=sha256, bytes=(output / name).stat().st_size)
-        for name, sha256 in files.digests(output, names).items()
-    }
+def entries(output: Path, names: list[str], known: Mapping[str, str]) -> dict[str, Entry]:
+    """What run.json says of files, under their names. known: sha256 of some."""
+    found = {**known, **files.digests(output, [name for name in names if name not in known])}
+    return {name: Entry(sha256=found[name], bytes=(output / name).stat().st_size) for name in sorted(names)}
 
 
 def below(output: Path) -> list[str]:

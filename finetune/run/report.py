@@ -46,7 +46,7 @@ def write(output: Path, record: Record, metrics: list[dict[str, float]]) -> Reco
         files.write_text(output / folder / "README.md", card(record, folder))
     files.write_text(output / "README.md", card(record, kept[0] if kept else "merged"))
     files.write_text(output / "report.html", page(record, curves))
-    pages = entries(output, [*PAGES, *(f"{folder}/README.md" for folder in kept)])
+    pages = entries(output, [*PAGES, *(f"{folder}/README.md" for folder in kept)], {})
     whole: Record = {**record, "files": {**record["files"], **pages}}
     files.write_json(output / "run.json", whole)
     return whole

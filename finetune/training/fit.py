@@ -104,7 +104,10 @@ def fit(
             model, batches, engine, recompute, settings, order, stream, tokens.longest, planner_memory(settings)
         )
         began = time.perf_counter()
-        chosen = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
+        with console.stage(
+            "training", "planning the updates" if torch.cuda.is_available() else "preparing the updates"
+        ):
+            chosen = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
         plan_s = time.perf_counter() - began
         print(f"plan: {chosen.describe()}", flush=True)
         arguments.gradient_checkpointing = engine.checkpointing(chosen.recomputed)
@@ -123,9 +126,8 @@ def fit(
             trainer._load_from_checkpoint(str(resume))
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        kept = trainer.state.global_step or int(metrics[-1]["step"])
         best = evaluation.points.best if evaluation and settings.load_best_model_at_end else None
-        if stop.signal is None and best is not None and best != kept:
+        if stop.signal is None and best is not None and best != metrics[-1]["step"]:
             print(f"taking the adapter after update {best}, which had the lowest loss on held-out rows", flush=True)
             trainer._load_from_checkpoint(str(folder / f"checkpoint-{best}"))
     progress.close()
@@ -140,7 +142,7 @@ def fit(
         started_s=trainer.started_s,
         peak_gib=peak_gib(),
         plan=updates.plan,
-        course=_course(evaluation, kept if best is None else best, best is not None),
+        course=_course(evaluation, best or int(metrics[-1]["step"]), best is not None),
     )
 
 
@@ -161,8 +163,11 @@ def _evaluation(
         )
     if points is not None and points.labels == made.points.labels:
         made.points = points
-    elif resume is None and (loss := made.measure(0)) is not None:
-        print(f"held-out loss {loss:.4f} before training", flush=True)
+    elif resume is None:
+        with console.stage("evaluating", f"measuring the loss on {len(made.rows)} held-out rows"):
+            loss = made.measure(0)
+        if loss is not None:
+            print(f"held-out loss {loss:.4f} before training", flush=True)
     return made
 
 
