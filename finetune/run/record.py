@@ -25,6 +25,8 @@ NEEDED = (
     *("MODEL_NAME", "DATASET_NAME", "DATASET_SPLIT", "PROMPT_TEMPLATE", "PROMPT_COLUMNS", "COMPLETION_COLUMNS"),
     *("LOAD_IN_4BIT", "MAX_STEPS", "SEED", "OUTPUT_DIR"),
 )
+# what a record means that is older than the setting, where that is not the default: no row was held out then
+OLDER = {"EVAL_ROWS": 0}
 
 CLOSED = ConfigDict(extra="forbid")
 PART = r"(\.?[^/.\x00][^/\x00]*|\.\.[^/\x00]+|\.)"  # of a path, but for ..
