@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from finetune import console
 from finetune.data import checks, formats, store
 from finetune.data.formats import FORMATS, Format
-from finetune.data.origin import Source, bounds
-from finetune.data.reading import Read, Row, Unread
+from finetune.data.origin import Placed, Source
+from finetune.data.reading import Row, Unread
 from finetune.errors import SettingsError, first_line
 from finetune.settings import Settings
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # bad rows named in one message
 BATCH = 1000  # rows written at a time
-Placed = tuple[int, Read]  # the number of a file, and a row of it
+COLUMNS = ("json", "sorted", "file", "number", "line")
 
 
 class Checked:
-    """Reads rows, checks them, and writes the good ones to a store. It goes on where the store ends."""
+    """Reads the rows `trained` of a source, checks them, and writes the good ones to a store. It goes on where the store ends."""
 
-    def __init__(self, settings: Settings, source: Source, opened: store.Store):
-        self.settings, self.source, self.store = settings, source, opened
+    def __init__(self, settings: Settings, source: Source, opened: store.Store, trained: range):
+        self.settings, self.source, self.store, self.trained = settings, source, opened, trained
         state = opened.state
         self.at: tuple[int, int] = tuple(state.get("at", (0, 0)))  # file, and rows of it, that have been seen
         self.seen, self.bad, self.told = state.get("seen", 0), state.get("bad", 0), list(state.get("told", []))
@@ -36,8 +36,8 @@ class Checked:
         self.columns: list[str] = list(state.get("columns", []))  # of the first row
         self.digest, self.good = hashlib.sha256(b"["), 0
 
-    def stored(self) -> store.Store:
-        """The store, finished. Raises SettingsError where rows are bad, or none is good."""
+    def stored(self) -> tuple[store.Store, dict[str, Any]]:
+        """The store, with all rows, and what there is to know of them. Raises SettingsError where rows are bad, or none is good."""
         settings = self.settings
         for batch in self.store.rows() if self.store.shards else ():
             for row in batch.to_pylist():
@@ -47,86 +47,53 @@ class Checked:
             written.remove()
         if not self.seen:
             raise SettingsError(f"DATASET_NAME={settings.dataset_name}: holds no rows in {settings.dataset_split}")
-        refuse(
-            self.told,
-            self.bad,
-            self.seen,
-            settings,
-            formats.needed(self.form, settings) if self.form else "each is an object",
-        )
+        form = self.form or formats.choose({}, settings)
+        refuse(self.told, self.bad, self.seen, settings, formats.needed(form, settings))
         if not self.good:
             raise SettingsError(
                 f"DATASET_NAME={settings.dataset_name}: all {self.bad} rows are malformed; the first is {self.told[0]}"
             )
         self.digest.update(b"]")
-        assert self.form is not None
-        return written.finish(
-            dict(
-                format=self.form.NAME,
-                columns=self.columns,
-                seen=self.seen,
-                bad=self.bad,
-                sha256=self.digest.hexdigest(),
-            )
+        return written, dict(
+            format=form.NAME, columns=self.columns, seen=self.seen, bad=self.bad, sha256=self.digest.hexdigest()
         )
 
     def _batches(self) -> Iterator[tuple[RecordBatch, dict[str, Any]]]:
         import pyarrow
 
-        kept: list[tuple[bytes, bool, int, int, int]] = []
-        columns = ("json", "sorted", "file", "number", "line")
+        good: list[tuple[bytes, bool, int, int, int]] = []
         for file, read in self._taken():
             self.seen, self.at = self.seen + 1, (file, read.number)
             if self.form is None and isinstance(read.row, dict):
-                self.form, self.columns = formats.choose(read.row, self.settings), [*read.row]
-            if good := self._good(file, read):
-                kept.append((*good, file, read.number, read.line))
-            if len(kept) == BATCH:
-                yield (
-                    pyarrow.RecordBatch.from_arrays([*map(pyarrow.array, zip(*kept, strict=True))], columns),
-                    self._state(),
-                )
-                kept = []
-        if kept:
-            yield (
-                pyarrow.RecordBatch.from_arrays([*map(pyarrow.array, zip(*kept, strict=True))], columns),
-                self._state(),
-            )
+                self.form, self.columns = formats.choose(read.row, self.settings), [*map(str, read.row)]
+            if said := self._good(file, read.number, read.line, read.row):
+                good.append((*said, file, read.number, read.line))
+            if len(good) == BATCH:
+                columns = [*map(pyarrow.array, zip(*good, strict=True))]
+                yield pyarrow.RecordBatch.from_arrays(columns, COLUMNS), self._state()
+                good = []
+        if good:
+            columns = [*map(pyarrow.array, zip(*good, strict=True))]
+            yield pyarrow.RecordBatch.from_arrays(columns, COLUMNS), self._state()
 
     def _state(self) -> dict[str, Any]:
         assert self.form is not None
-        return dict(
-            at=self.at, seen=self.seen, bad=self.bad, told=self.told, format=self.form.NAME, columns=self.columns
-        )
+        state = dict(at=self.at, seen=self.seen, bad=self.bad, told=self.told)
+        return {**state, "format": self.form.NAME, "columns": self.columns}
 
-    def _good(self, file: int, read: Read) -> tuple[bytes, bool] | None:
+    def _good(self, file: int, number: int, line: int, row: Any) -> tuple[bytes, bool] | None:
         """What is kept of a row as JSON, and whether its names are sorted; None: it is bad, which is noted."""
-        row, settings = read.row, self.settings
-        problem: str | None
-        if not isinstance(row, dict):
-            problem = row if isinstance(row, Unread) else f"is {checks.kind(row)}, not an object"
-        else:
-            assert self.form is not None
-            problem = self.form.problem(row, settings)
-        if not problem and self.form is not None:
-            there = [column for column in self.form.reads(settings) if column in row]
-            needs = self.form.needs(settings)
-            kept = {column: row[column] for column in there if column in needs or not checks.empty(row[column])}
-            try:
-                in_order = _json(kept)
-                flat = all(isinstance(value, str) for value in kept.values())
-                as_read = in_order if flat else json.dumps(kept, ensure_ascii=False).encode()
-                self._hash(in_order)
-                return as_read, flat
-            except (
-                TypeError,
-                UnicodeEncodeError,
-            ) as error:  # Parquet has times and bytes; JSON has halves of characters
-                problem = f"cannot be written as JSON ({first_line(error)})"
-        self.bad += 1
-        if len(self.told) < SHOWN:
-            self.told.append(f"{told(self.source.names, file, read.number, read.line)}: {problem}")
-        return None
+        there = kept(self.form, row, self.settings)
+        if isinstance(there, str):
+            self.bad += 1
+            if len(self.told) < SHOWN:
+                self.told.append(f"{self.source.told(file, number, line)}: {there}")
+            return None
+        in_order = _json(there)
+        self._hash(in_order)
+        # a template may write nested objects as they are, so their order is kept
+        flat = all(isinstance(value, str) for value in there.values())
+        return in_order if flat else json.dumps(there, ensure_ascii=False).encode(), flat
 
     def _hash(self, row: bytes) -> None:
         """The hash is that of the JSON list of all rows."""
@@ -134,31 +101,30 @@ class Checked:
         self.good += 1
 
     def _taken(self) -> Iterator[Placed]:
-        """The rows of the slice, after those that the store has seen."""
-        first, stop = bounds(self.settings, self.source)
-        left = None if stop is None else max(0, stop - first - self.seen)
-        total = self.source.total if stop is None else stop - first
-        with console.Counted("rows read", total, self.seen) as progress:
-            for placed in itertools.islice(self._from(first), left):
+        """The rows that are trained, after those that the store has seen."""
+        rows = self.source.after(*self.at) if self.seen else self.source.rows(self.trained.start)
+        with console.Counted("rows read", len(self.trained), self.seen) as progress:
+            for placed in itertools.islice(rows, len(self.trained) - self.seen):
                 yield placed
                 progress.add(1)
 
-    def _from(self, first: int) -> Iterator[Placed]:
-        file, after = self.at
-        rows = (
-            (n, read)
-            for n in range(file, len(self.source.names))
-            for read in self.source.read(n, after if n == file else 0)
-        )
-        return itertools.islice(rows, 0 if self.seen else first, None)
 
-
-def _json(row: Row) -> bytes:
-    return json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
-
-
-def told(names: list[str], file: int, number: int, line: int) -> str:
-    return f"{names[file]} row {number}{f' (line {line})' if line else ''}"
+def kept(form: type[Format] | None, row: Any, settings: Settings) -> Row | str:
+    """The columns of a row that are used; or why it is bad, in words that follow its place."""
+    if not isinstance(row, dict):
+        return row if isinstance(row, Unread) else f"is {checks.kind(row)}, not an object"
+    assert form is not None
+    if problem := form.problem(row, settings):
+        return problem
+    needs = form.needs(settings)
+    there = [column for column in form.reads(settings) if column in row]
+    found = {column: row[column] for column in there if column in needs or not checks.empty(row[column])}
+    try:
+        if not all(isinstance(value, str) for value in found.values()):
+            _json(found)
+    except (TypeError, UnicodeEncodeError) as error:  # Parquet has times and bytes; JSON has halves of characters
+        return f"cannot be written as JSON ({first_line(error)})"
+    return found
 
 
 def refuse(told: list[str], bad: int, of: int, settings: Settings, needed: str) -> None:
@@ -169,3 +135,7 @@ def refuse(told: list[str], bad: int, of: int, settings: Settings, needed: str) 
             *told[:SHOWN],
             f"{bad} of {of} rows are malformed{more}: {needed}. Mend them, or leave them out with DROP_BAD_ROWS=1.",
         )
+
+
+def _json(row: Row) -> bytes:
+    return json.dumps(row, ensure_ascii=False, sort_keys=True).encode()

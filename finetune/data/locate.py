@@ -128,7 +128,7 @@ def _members(file: File) -> list[File]:
 def _train_only(settings: Settings, found: list[File]) -> list[File]:
     if split_of(settings) != "train":
         raise SettingsError(
-            f"DATASET_SPLIT={settings.dataset_split}: a file has only the split train, for example DATASET_SPLIT=train[0:500]"
+            f"DATASET_SPLIT={settings.dataset_split}: a file or folder has only the split train, for example DATASET_SPLIT=train[0:500]"
         )
     return found
 

@@ -160,6 +160,12 @@ class TokenRows(Sequence[dict[str, list[int]]]):
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         return (self[index] for index in range(len(self)))
 
+    def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """The ids of all rows, some rows at a time: all their ids end to end, and the length of each."""
+        for batch in self.stored:
+            ids, offsets = _values(batch.column("input_ids"))
+            yield ids, np.diff(offsets)
+
     def numbers(self) -> Iterator[int]:
         """The number of each row among the rows that were read."""
         for batch in self.stored:

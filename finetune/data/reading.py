@@ -52,6 +52,18 @@ def rows(file: File, wanted: set[str], after: int = 0) -> Iterator[Read]:
         raise opened.not_utf8(file) from None
 
 
+def count(file: File, most: int | None) -> int:
+    """How many rows a file has, or `most` if it has more."""
+    reader = READERS[file.kind]
+    if reader in BINARY:
+        found = tables.count(file, reader is _parquet)
+        return found if most is None else min(found, most)
+    if reader in (_jsonl, _text):
+        with file.stream() as stream:
+            return sum(1 for _ in itertools.islice((line for line in stream if not line.isspace()), most))
+    return sum(1 for _ in itertools.islice(rows(file, set()), most))
+
+
 def _lines(file: File, stream: IO[bytes]) -> Iterator[tuple[int, str | Unread]]:
     """The lines that are not blank, with their numbers. A bad byte spoils one line alone."""
     begin = 0

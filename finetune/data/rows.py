@@ -1,34 +1,25 @@
-"""Where the rows come from, which of them are taken, and which are refused. They stay on disk: nothing here grows with their number."""
+"""The rows that are trained, and those that are held out. They stay on disk: nothing here grows with their number."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from finetune.data import formats, locate, origin, store
-from finetune.data.checked import Checked, told
+from finetune.data import formats, held_rows, origin, store
+from finetune.data.checked import Checked
 from finetune.data.formats import FORMATS
+from finetune.data.held_rows import Held
 from finetune.data.reading import Row
-from finetune.errors import SettingsError
 from finetune.settings import Settings
-from finetune.sources import local
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-# settings that decide which rows there are and what is made of them; tests/unit/test_store.py compares them with what this package reads
-DECIDING = (
-    "dataset_name", "dataset_config", "dataset_split", "dataset_revision", "prompt_columns", "completion_columns", "train_on",
-    "drop_bad_rows", "max_seq_length", "dataset_format", "keep_reasoning", "prompt_template",
+# settings that decide what is made of the rows of a source; tests/unit/test_store.py compares them with those that this package reads
+READING = (
+    "dataset_config", "dataset_split", "dataset_format", "prompt_columns", "completion_columns", "drop_bad_rows", "eval_rows",
+    "eval_split", "eval_dataset_name",
 )  # fmt: skip
-LATER = (
-    "dataset_name",
-    "dataset_revision",
-    "max_seq_length",
-    "train_on",
-)  # the content says the first two; the others are for tokens
+TOKENIZING = ("max_seq_length", "train_on", "keep_reasoning", "prompt_template", "prompt_columns", "completion_columns")
 T = TypeVar("T")
 
 
@@ -59,10 +50,9 @@ class Each(Sequence[T]):
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows that passed the checks. format: their form's name. seen, dropped: rows read, and left out.
+    """Rows that passed the checks. format: their form's name. seen, dropped: rows read, and left out. held: rows that are held out.
 
-    sha256: of their texts in order, so that equal data is known as equal. chosen: numbers of the rows that are taken; None: all.
-    key: stands for the rows and all settings that made them.
+    sha256: of their texts in order, so that equal data is known as equal. files: their names, for places.
     """
 
     name: str
@@ -73,33 +63,23 @@ class Rows:
     sha256: str
     files: list[str]
     stored: store.Stored
-    key: dict[str, Any]
-    chosen: NDArray[Any] | None = None
+    held: Held | None = None
 
     def __len__(self) -> int:
-        return len(self.stored) if self.chosen is None else len(self.chosen)
+        return len(self.stored)
 
     @property
     def rows(self) -> Each[Row]:
         """The rows, each read when it is asked for."""
-        every = self._every if self.chosen is None else None
-        return Each(len(self), lambda index: json.loads(self._at(index)["json"]), every)
+        return Each(len(self), lambda index: self.some([index])[0], self._every)
 
     @property
     def places(self) -> Each[str]:
         """Of each row: its file, number and line, such as "rows.jsonl row 3 (line 4)"."""
-        return Each(len(self), lambda index: self._place(self._at(index)))
-
-    def number(self, index: int) -> int:
-        """Of the index-th row, among all that passed the checks."""
-        return index if self.chosen is None else int(self.chosen[index])
-
-    def place(self, number: int) -> str:
-        """Where a row is, by its number among all that passed the checks."""
-        return self._place(self._row(number))
+        return Each(len(self), self._place)
 
     def some(self, numbers: Sequence[int]) -> list[Row]:
-        """Rows by their numbers among all that passed the checks; fastest where they ascend."""
+        """Rows by their numbers; fastest where they ascend."""
         found: list[Row] = []
         texts: Any
         last, texts = -1, []
@@ -109,10 +89,6 @@ class Rows:
                 last, texts = batch, self.stored.batch(batch).column("json")
             found.append(json.loads(texts[at].as_py()))
         return found
-
-    def taken(self, chosen: NDArray[Any]) -> Rows:
-        """The rows with these numbers alone, for example all but those that are held out."""
-        return dataclasses.replace(self, chosen=chosen)
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the data."""
@@ -128,16 +104,10 @@ class Rows:
     def _every(self) -> Iterator[Row]:
         return (json.loads(text) for batch in self.stored for text in batch.column("json").to_pylist())
 
-    def _at(self, index: int) -> Row:
-        return self._row(self.number(index))
-
-    def _row(self, number: int) -> Row:
-        batch, at = self.stored.at(number)
-        row: Row = self.stored.batch(batch).slice(at, 1).to_pylist()[0]
-        return row
-
-    def _place(self, row: Row) -> str:
-        return told(self.files, row["file"], row["number"], row["line"])
+    def _place(self, index: int) -> str:
+        batch, at = self.stored.at(index)
+        row = self.stored.batch(batch).slice(at, 1).to_pylist()[0]
+        return origin.told(self.files, row["file"], row["number"], row["line"])
 
 
 def load(settings: Settings) -> Rows:
@@ -145,33 +115,31 @@ def load(settings: Settings) -> Rows:
 
     Raises SettingsError that names file and row of the bad ones; with DROP_BAD_ROWS they are left out and counted.
     """
-    name = settings.dataset_name
-    if problem := local.url("DATASET_NAME", name):
-        raise SettingsError(problem)
-    source = origin.of_hub(settings) if locate.on_hub(name) else origin.of_files(settings)
+    source = origin.of(settings)
     key = dict(
         version=store.version(),
         source=source.content,
-        columns=sorted(formats.wanted(settings)),
-        settings={name: getattr(settings, name) for name in DECIDING if name not in LATER},
+        settings={name: getattr(settings, name) for name in READING},
     )
     with store.opened("rows", key) as opened:
         if opened.done is None:
             store.room(2 * source.size, "rows and tokens")
-            opened = Checked(settings, source, opened).stored()
+            where = held_rows.places(settings, source)
+            written, said = Checked(settings, source, opened, where.trained).stored()
+            opened = written.finish({**said, "held": held_rows.of_split(settings, source, where)})
         assert opened.done is not None
         said = opened.done
         form = FORMATS[said["format"]]
         form.check(settings)  # refused now, and not after a model was downloaded
         print(formats.told(dict.fromkeys(said["columns"]), form, settings), flush=True)
         return Rows(
-            name,
-            source.commit,
-            said["format"],
-            said["seen"],
-            said["bad"],
-            said["sha256"],
-            source.names,
-            opened.rows(),
-            key,
+            name=settings.dataset_name,
+            commit=source.commit,
+            format=form.NAME,
+            seen=said["seen"],
+            dropped=said["bad"],
+            sha256=said["sha256"],
+            files=source.names,
+            stored=opened.rows(),
+            held=held_rows.again(settings, source, said["held"]),
         )

@@ -42,16 +42,39 @@ def arrow(file: File, wanted: set[str], check: Named, after: int) -> Iterator[Ro
     with file.at_once() as path:
         try:
             with pyarrow.memory_map(str(path)) as mapped:
-                try:
-                    opened = pyarrow.ipc.open_file(mapped)
-                    batches: Any = (opened.get_batch(index) for index in range(opened.num_record_batches))
-                except pyarrow.ArrowInvalid:
-                    mapped.seek(0)
-                    batches = opened = pyarrow.ipc.open_stream(mapped)
-                check(file, opened.schema.names)
-                yield from _rows(file, opened.schema.names, wanted, batches, after)
+                schema, batches = _batches(mapped)
+                check(file, schema.names)
+                yield from _rows(file, schema.names, wanted, batches, after)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise _damaged(file, "Arrow", error) from None
+
+
+def count(file: File, is_parquet: bool) -> int:
+    """How many rows a file has, as it says itself. Raises SettingsError where it is damaged."""
+    import pyarrow
+    from pyarrow import parquet
+
+    with file.at_once() as path:
+        try:
+            if is_parquet:
+                return int(parquet.ParquetFile(path).metadata.num_rows)
+            with pyarrow.memory_map(str(path)) as mapped:
+                return sum(batch.num_rows for batch in _batches(mapped)[1])
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise _damaged(file, "Parquet" if is_parquet else "Arrow", error) from None
+
+
+def _batches(mapped: Any) -> tuple[Any, Iterable[RecordBatch]]:
+    """The schema of an Arrow file or stream, and its batches."""
+    import pyarrow
+
+    try:
+        opened = pyarrow.ipc.open_file(mapped)
+    except pyarrow.ArrowInvalid:
+        mapped.seek(0)
+        stream = pyarrow.ipc.open_stream(mapped)
+        return stream.schema, stream
+    return opened.schema, (opened.get_batch(index) for index in range(opened.num_record_batches))
 
 
 def _rows(

@@ -10,30 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
-from finetune import console
-from finetune.data import processes, shown, store
-from finetune.data.checked import SHOWN, refuse
+from finetune.data import shown, store
 from finetune.data.encoder import Encoder
 from finetune.data.formats import FORMATS, Format
 from finetune.data.formats.base import FLAGS
+from finetune.data.held_out import HeldOut
 from finetune.data.kept import Guard
-from finetune.data.packing import Counts, TokenRows, packed
-from finetune.data.rows import DECIDING, Rows
-from finetune.errors import SettingsError
+from finetune.data.rows import TOKENIZING, Rows
 from finetune.files import sha256
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from pyarrow import RecordBatch
     from transformers import PreTrainedTokenizerBase
 
-LENGTHS = "lengths.npy"
+    from finetune.data.packing import TokenRows
 
 SAMPLE = 1000  # rows on which another way to read the tokenizer is tried
-CHUNK = 500  # rows given to a process at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Tokens:
     prefix: the tokens, with equal labels, at the start of every row (a template's beginning, a system prompt). dropped: rows that
     cannot be trained on. day, writes_day: what the chat template takes for today, and whether it writes it. notes: sentences on what
     is not trained letter for letter.
-    sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once.
+    sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once. held_out: rows to measure on.
     """
 
     dataset: TokenRows
@@ -58,6 +51,7 @@ class Tokens:
     writes_day: bool
     notes: list[str]
     sha256: str
+    held_out: HeldOut | None = None
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the tokens."""
@@ -103,7 +97,8 @@ class Tokens:
             f"{len(self.dataset)} rows, {self.trained:,} of {self.total:,} tokens are trained, the longest row has {self.longest}, the "
             f"first {self.common} are the same in every row, {self.truncated} truncated, {dropped + self.dropped} dropped"
         )
-        return "\n".join(f"data: {each}" for each in (line, *self.notes))
+        lines = [f"data: {each}" for each in (line, *self.notes)]
+        return "\n".join([*lines, self.held_out.describe()] if self.held_out else lines)
 
 
 def format_of(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, day: datetime.date) -> Format:
@@ -129,31 +124,34 @@ def tokenize(
         made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on != "all"
     )
     key = dict(
-        rows=rows.key,
-        chosen=rows.chosen,
+        version=store.version(),
+        rows=[rows.sha256, len(rows), rows.format],
         tokenizer=_identity(tokenizer, own_file),
         day=date if made.writes_day else None,
-        settings={name: getattr(settings, name) for name in DECIDING if name != "dataset_name"},
+        settings={name: getattr(settings, name) for name in TOKENIZING},
         template=sha256(Path(settings.template_file).expanduser()) if settings.template_file else None,
     )
-    with store.opened("tokens", key) as opened:
-        if opened.done is None:
-            opened = _Tokenized(rows, encoder, settings, opened).stored()
-        assert opened.done is not None
-        said = opened.done
-        return Tokens(
-            dataset=TokenRows(opened.rows(mapped=True)),
-            lengths=numpy.load(opened.folder / LENGTHS),
-            day=date,
-            writes_day=made.writes_day,
-            notes=[
-                f"{said['flags'][flag]} rows {what} (the first is {rows.place(said['first_row'][flag])})"
-                for flag, what in FLAGS.items()
-                if said["flags"][flag]
-            ],
-            truncated=said["flags"]["truncated"],
-            **{name: said[name] for name in ("largest", "common", "trained", "dropped", "sha256")},
-        )
+    from finetune.data import held_tokens, tokenized  # numpy takes a tenth of a second, and `check` needs none
+
+    dataset, lengths, said, folder = tokenized.tokenized(rows, encoder, settings, key)
+    held = rows.held
+    if held is not None:
+        form = format_of(held.format, tokenizer, settings, date) if held.rows else made
+        measured = dataclasses.replace(encoder, format=form)
+    return Tokens(
+        dataset=dataset,
+        lengths=lengths,
+        day=date,
+        writes_day=made.writes_day,
+        notes=[
+            f"{said['flags'][flag]} rows {what} (the first is {rows.places[said['first_row'][flag]]})"
+            for flag, what in FLAGS.items()
+            if said["flags"][flag]
+        ],
+        truncated=said["flags"]["truncated"],
+        held_out=held_tokens.encoded(held, form, measured, dataset, said["common"], settings, folder) if held else None,
+        **{name: said[name] for name in ("largest", "common", "trained", "dropped", "sha256")},
+    )
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase, own_file: bool) -> list[Any]:
@@ -162,58 +160,3 @@ def _identity(tokenizer: PreTrainedTokenizerBase, own_file: bool) -> list[Any]:
     parts = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template, type(tokenizer).__name__)
     return [parts, [str(name) for name in named], own_file, versions]
-
-
-class _Tokenized:
-    """Makes tokens of rows, and writes them to a store. It goes on where the store ends."""
-
-    def __init__(self, rows: Rows, encoder: Encoder, settings: Settings, opened: store.Store):
-        self.rows, self.encoder, self.settings, self.store = rows, encoder, settings, opened
-        self.read = opened.state.get("read", 0)  # rows that have been tokenized, whatever came of them
-        self.bad, self.told = opened.state.get("bad", 0), list(opened.state.get("told", []))
-        self.counts = Counts()
-
-    def stored(self) -> store.Store:
-        """The store, finished. Raises SettingsError where rows are bad, or none is good."""
-        rows, settings, counts = self.rows, self.settings, self.counts
-        for batch in self.store.rows() if self.store.shards else ():
-            counts.add(batch)
-        written = self.store.write(self._batches())
-        if (self.bad and not settings.drop_bad_rows) or self.bad == len(rows):
-            written.remove()
-        refuse(self.told, self.bad, len(rows), settings, "what a row says has to be trained")
-        if self.bad == len(rows):
-            raise SettingsError(f"DATASET_NAME={rows.name}: no row can be trained on; the first is {self.told[0]}")
-        numpy.save(written.folder / LENGTHS, numpy.concatenate(counts.lengths))
-        return written.finish(
-            dict(
-                largest=counts.largest,
-                common=counts.common,
-                trained=counts.trained,
-                dropped=self.bad,
-                sha256=counts.digest.hexdigest(),
-                flags=counts.flags,
-                first_row=counts.first_row,
-            )
-        )
-
-    def _batches(self) -> Iterator[tuple[RecordBatch, dict[str, Any]]]:
-        total = len(self.rows)
-        pieces = [(start, min(start + CHUNK, total)) for start in range(self.read, total, CHUNK)]
-        count = self.settings.dataset_num_proc if total - self.read > processes.FEW_ROWS else 1
-        with console.Counted("rows tokenized", total, self.read) as progress:
-            for (start, stop), (batch, bad) in zip(pieces, processes.results(self._piece, pieces, count), strict=True):
-                self.read, self.bad = stop, self.bad + len(bad)
-                self.told += [f"{self.rows.place(number)}: {why}" for number, why in bad[: SHOWN - len(self.told)]]
-                self.counts.add(batch)
-                progress.add(stop - start)
-                if batch.num_rows:
-                    yield batch, dict(read=self.read, bad=self.bad, told=self.told)
-
-    def _piece(self, piece: tuple[int, int]) -> tuple[RecordBatch, list[tuple[int, str]]]:
-        """The tokens of some rows, and what is wrong with those that cannot be trained on."""
-        numbers = [self.rows.number(index) for index in range(*piece)]
-        made = self.encoder.many(self.rows.some(numbers))
-        bad = [(number, row["problem"]) for number, row in zip(numbers, made, strict=True) if row["problem"]]
-        good = [(number, row) for number, row in zip(numbers, made, strict=True) if not row["problem"]]
-        return packed([row for _, row in good], [number for number, _ in good]), bad

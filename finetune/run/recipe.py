@@ -13,7 +13,7 @@ from finetune import console, data, sources
 from finetune.engines import refusals
 from finetune.engines.choose import choose
 from finetune.machine import gpus, memory, preflight
-from finetune.run import folder, inputs, provenance
+from finetune.run import evaluation, folder, inputs, provenance
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
 from finetune.sources import publish
@@ -92,7 +92,7 @@ def train_in(
     folder.claim(settings, output, identity)
     clock.mark("load_s")
     prompt = data.format_of(rows.format, tokenizer, settings, tokens.day).prompt(settings.sample_question)
-    ask = answer.sample(engine, model, tokenizer, prompt, settings)
+    ask = answer.sample(engine, model, tokenizer, evaluation.prompts(prompt, tokens.held_out), settings)
     before = ask("before")
     clock.mark("before_s")
     console.phase("training", train.describe(train.order_of(settings, tokens)))
@@ -134,13 +134,18 @@ def train_in(
             process_gib=round(memory.peak_gib(), 3),
         ),
         verification=merged.record() if merged else None,
-        samples=dict(question=settings.sample_question, before=before, after=after, row=tokens.first(tokenizer)),
+        evaluation=evaluation.record(tokens.held_out, fit.course),
+        samples=dict(
+            evaluation.samples(settings.sample_question, prompt, tokens.held_out, before, after),
+            row=tokens.first(tokenizer),
+        ),
         environment=provenance.environment(gpu, environ),
         timings=dict(
             clock.seconds,
             plan_s=round(fit.plan_s, 2),
             first_step_s=round(fit.first_step_s, 2),
             started_s=round(fit.started_s, 2),
+            **({"evaluation_s": round(fit.course.seconds, 2)} if fit.course else {}),
             total_s=round(time.perf_counter() - clock.began, 2),
         ),
         files=entries(output, below(output), merged.sha256 if merged else {}),

@@ -20,7 +20,7 @@ from finetune.errors import SettingsError
 from finetune.settings import Settings
 
 ROWS = [{"question": f'{i}: "quoted", 发热\nsecond line', "answer": f"b{i}"} for i in range(5)]
-COLUMNS = {"PROMPT_COLUMNS": "question", "COMPLETION_COLUMNS": "answer", "PROMPT_TEMPLATE": "two.txt"}
+COLUMNS = {"PROMPT_COLUMNS": "question", "COMPLETION_COLUMNS": "answer", "PROMPT_TEMPLATE": "two.txt", "EVAL_ROWS": "0"}
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
 

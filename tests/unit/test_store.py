@@ -20,12 +20,12 @@ import pytest
 import tiny
 from conftest import ROOT
 from finetune import data
-from finetune.data import checked, packing, rows, store
+from finetune.data import checked, packing, rows, store, tokenized
 from finetune.errors import MachineError, SettingsError
 from finetune.settings import Settings, declarations
 from finetune.sources.model import Source
 
-COLUMNS = {"PROMPT_COLUMNS": "q", "COMPLETION_COLUMNS": "a"}
+COLUMNS = {"PROMPT_COLUMNS": "q", "COMPLETION_COLUMNS": "a", "EVAL_ROWS": 0}
 
 
 def made(path: Path, count: int) -> Path:
@@ -66,7 +66,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_hashes_and_counts_are_those_of_lists(tmp_path: Path, words: Path, train_on: str, monkeypatch: Any) -> None:
     """As they were when all rows were in memory: computed here anew, in that way."""
     monkeypatch.setattr(store, "SHARD_ROWS", 70)
-    monkeypatch.setattr(data.tokens, "CHUNK", 20)
+    monkeypatch.setattr(tokenized, "CHUNK", 20)
     monkeypatch.setattr(checked, "BATCH", 30)
     found, made_of = tokens(made(tmp_path / "rows.jsonl", 230), words, TRAIN_ON=train_on, MAX_SEQ_LENGTH=32)
     listed = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -130,7 +130,7 @@ def test_every_setting_that_this_room_reads_is_in_the_key() -> None:
     code = "".join(path.read_text() for path in (ROOT / "finetune" / "data").rglob("*.py"))
     read = set(re.findall(r"settings\.(\w+)", code)) & known
     # model_name is for messages: the tokenizer itself is in the key; and tokens do not depend on the number of processes
-    assert read - {"model_name", "dataset_num_proc"} <= {*rows.DECIDING}, "add it to DECIDING"
+    assert read - {"model_name", "dataset_num_proc"} <= {*rows.READING, *rows.TOKENIZING}, "add it to one of them"
 
 
 BREAKS = """
@@ -138,8 +138,8 @@ import sys; sys.path[:0] = [{root!r}, {tests!r}]
 import os, signal
 from pathlib import Path
 import test_store as t
-from finetune.data import store, checked, tokens
-store.SHARD_ROWS, checked.BATCH, tokens.CHUNK = 200, 50, 50
+from finetune.data import store, checked, tokenized
+store.SHARD_ROWS, checked.BATCH, tokenized.CHUNK = 200, 50, 50
 stop, replace = int(sys.argv[3]), os.replace
 def replaced(source, target):
     global stop
@@ -241,17 +241,3 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path, words: Pat
             int(subprocess.run(command, capture_output=True, text=True, env=environ, check=True).stdout.split()[-1])
         )
     assert peaks[1] < 1.05 * peaks[0], peaks
-
-
-def test_some_rows_by_number_and_a_part_of_them(tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holding out needs: rows out of order, and training on the others alone."""
-    path, done = made(tmp_path / "rows.jsonl", 30), counted(monkeypatch)
-    found, _ = tokens(path, words)
-    assert [row["q"] for row in found.some([3, 4, 29])] == [f"What is {i} and {i * 7}?" for i in (3, 4, 29)]
-    settings = Settings.from_env(
-        {"DATASET_NAME": str(path), "PROMPT_TEMPLATE": str(tmp_path / "template.txt"), **COLUMNS}
-    )
-    part = found.taken(np.array([2, 5, 28]))
-    some = data.tokenize(part, data.tokenizer(Source("words", None, words)), settings)
-    assert done == [33] and len(some.dataset) == 3 and part.places[2].endswith("row 29 (line 29)")
-    assert [*some.dataset.numbers()] == [2, 5, 28] and [*part.rows] == found.some([2, 5, 28])
