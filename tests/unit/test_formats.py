@@ -23,6 +23,7 @@ END = "<|im_end|>"
 STOP = "<｜end▁of▁sentence｜>"
 ASKED, SAID = turn("user", "2+2?"), turn("assistant", "Four.")
 CALLED = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "SF"}'}}
+TOOL_CALL = {"name": "get_weather", "arguments": {"city": "SF"}}
 TOOL = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "SF"}}\n</tool_call>' + END
 WEATHER = [
@@ -73,6 +74,10 @@ def messages(*turns: Any, **beside: Any) -> dict[str, Any]:
         (R1, messages(ASKED, turn("assistant", R1_TEXT)), f"{R1_TEXT}{STOP}"),
         (R1, messages(ASKED, turn("assistant", "R1\n</think>\n\nFour.")), f"{R1_TEXT}{STOP}"),
         (R1, messages(ASKED, turn("assistant", f"{NO_THOUGHT}Four.")), f"{NO_THOUGHT}Four.{STOP}"),
+        (QWEN, messages(ASKED, turn("assistant", "R1\n</think>\n\nFour.")), f"R1\n</think>\n\nFour.{END}"),
+        (QWEN, messages(ASKED, turn("assistant", "A thought ends with </think> and a line.")), f"A thought ends with </think> and a line.{END}"),
+        (QWEN, messages(ASKED, SAID, ASKED, turn("assistant", "No.", weight=0)), f"Four.{END}"),
+        (QWEN, messages(WEATHER[0], dict(role="assistant", tool_calls=[TOOL_CALL, TOOL_CALL]), turn("tool", "a"), turn("tool", "b"), SAID), f"{CALL.removesuffix(END)}\n{CALL}Four.{END}"),
         (QWEN, messages(ASKED, R1_TURN), f"{R1_TEXT}{END}"),
         (QWEN3, messages(ASKED, R1_TURN, ASKED, SAID), f"{R1_TEXT}{END}{NO_THOUGHT}Four.{END}"),
         ("gptoss", messages(ASKED, R1_TURN), "<|channel|>analysis<|message|>R1<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>"),

@@ -18,7 +18,8 @@ from finetune.data.formats.base import BadRow, Span, short
 from finetune.data.formats.turns import ASSISTANT, TOOL, WIRES, Turn
 
 # an answer may begin with its reasoning; R1's are often given without the opening tag, which stands in what asks for them
-THOUGHT = re.compile(r"\s*(?:<think>)?(?P<thought>(?:(?!<think>).)*?)</think>(?P<answer>.*)", re.DOTALL)
+THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
+UNOPENED = re.compile(r"(?P<thought>(?:(?!<think>).)*?\n)[ \t]*</think>[ \t]*(?=\n|$)(?P<answer>.*)", re.DOTALL)
 PLAIN = ("text", "thought", "field")  # kinds of pieces that stand in the text of messages
 
 Write = Callable[[list[Turn], list[Any]], str]  # turns and tools -> what the template makes of them
@@ -56,6 +57,11 @@ class Piece:
         python = json.dumps(self.text, ensure_ascii=False)[1:-1].replace('\\"', '"').replace("'", "\\'")
         # the last two: Jinja's own tojson, and calls as Python writes them
         return list(dict.fromkeys([self.text, escaped, json.dumps(self.text)[1:-1], html, python]))
+
+
+def thought_in(content: str) -> re.Match[str] | None:
+    """The `thought` and the `answer` of an answer that begins with its reasoning; None: it does not."""
+    return THOUGHT.fullmatch(content) or UNOPENED.fullmatch(content)
 
 
 class Missing(Exception):
@@ -96,7 +102,7 @@ def _turn(number: int, turn: Turn) -> Iterator[Piece]:
     if thought := turn.get("reasoning_content"):
         yield from _piece(number, "thought", "the reasoning", ("reasoning_content",), thought, 0, len(thought), exact)
     content = turn.get("content") or ""
-    split = THOUGHT.fullmatch(content) if exact else None
+    split = thought_in(content) if exact else None
     if split:
         yield from _piece(
             number, "thought", "what stands before </think>", ("content",), content, *split.span("thought"), True

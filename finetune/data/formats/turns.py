@@ -295,7 +295,7 @@ def _in_order(turns: list[Turn]) -> None:
     for number, turn in enumerate(turns, 1):
         if turn.get("tool_calls"):
             waiting = [call.get("id") for call in turn["tool_calls"]]
-        elif turn["role"] == TOOL and turn.get("tool_call_id") in waiting[1:]:
+        elif turn["role"] == TOOL and turn.get("tool_call_id") in [name for name in waiting[1:] if name is not None]:
             raise BadRow(
                 f"message {number} answers a later call before the first; give the results in the order of the calls"
             )
