@@ -1,43 +1,94 @@
-"""Where the rows come from, which of them are taken, and which are refused."""
+"""The rows that are trained, and those that are held out. They stay on disk: nothing here grows with their number."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from finetune import sources
-from finetune.data import checks, formats, reading
-from finetune.data.reading import Placed, Row
-from finetune.errors import SettingsError
-from finetune.settings import SPLIT, Settings
-from finetune.sources import local
+from finetune.data import formats, held_rows, origin, store
+from finetune.data.checked import Checked
+from finetune.data.formats import FORMATS
+from finetune.data.held_rows import Held
+from finetune.data.reading import Row
+from finetune.settings import Settings
 
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")  # which `datasets` puts beside the rows
-SHOWN = 5  # bad rows named in one message
-SAMPLES = Path(__file__).parent.parent / "samples"
+# settings that decide what is made of the rows of a source; tests/unit/test_store.py compares them with those that this package reads
+READING = (
+    "dataset_config", "dataset_split", "dataset_format", "prompt_columns", "completion_columns", "drop_bad_rows", "eval_rows",
+    "eval_split", "eval_dataset_name",
+)  # fmt: skip
+TOKENIZING = ("max_seq_length", "train_on", "keep_reasoning", "prompt_template", "prompt_columns", "completion_columns")
+T = TypeVar("T")
+
+
+class Each(Sequence[T]):
+    """A sequence whose items are made when they are asked for."""
+
+    def __init__(self, size: int, get: Callable[[int], T], every: Callable[[], Iterator[T]] | None = None):
+        """every: all of them one after the other, where that is faster."""
+        self.size, self.get = size, get
+        self.every = every or (lambda: map(get, range(size)))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[T]:
+        return self.every()
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return [self.get(index) for index in range(*key.indices(self.size))]
+        if not -self.size <= key < self.size:
+            raise IndexError(key)
+        return self.get(int(key) % self.size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and [*self] == [*other]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows that passed the checks. format: their form's name. seen, dropped: rows read, and left out.
+    """Rows that passed the checks. format: their form's name. seen, dropped: rows read, and left out. held: rows that are held out.
 
-    places: of each row, for messages. sha256: of their texts in order, so that equal data is known as equal.
+    sha256: of their texts in order, so that equal data is known as equal. files: their names, for places.
     """
 
     name: str
     commit: str | None
-    rows: list[Row]
     format: str
     seen: int
     dropped: int
     sha256: str
-    places: list[str]
+    files: list[str]
+    stored: store.Stored
+    held: Held | None = None
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @property
+    def rows(self) -> Each[Row]:
+        """The rows, each read when it is asked for."""
+        return Each(len(self), lambda index: self.some([index])[0], self._every)
+
+    @property
+    def places(self) -> Each[str]:
+        """Of each row: its file, number and line, such as "rows.jsonl row 3 (line 4)"."""
+        return Each(len(self), self._place)
+
+    def some(self, numbers: Sequence[int]) -> list[Row]:
+        """Rows by their numbers; fastest where they ascend."""
+        found: list[Row] = []
+        texts: Any
+        last, texts = -1, []
+        for number in numbers:
+            batch, at = self.stored.at(number)
+            if batch != last:
+                last, texts = batch, self.stored.batch(batch).column("json")
+            found.append(json.loads(texts[at].as_py()))
+        return found
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the data."""
@@ -50,150 +101,45 @@ class Rows:
             sha256=self.sha256,
         )
 
+    def _every(self) -> Iterator[Row]:
+        return (json.loads(text) for batch in self.stored for text in batch.column("json").to_pylist())
 
-def on_hub(name: str) -> bool:
-    """Whether DATASET_NAME is a name on the Hub: not the bundled rows, not on this machine, and not named like a file."""
-    a_file = name.lower().endswith(tuple(reading.READERS)) or name.startswith((".", "/", "~"))
-    return name != "samples" and not a_file and not os.path.exists(name)
+    def _place(self, index: int) -> str:
+        batch, at = self.stored.at(index)
+        row = self.stored.batch(batch).slice(at, 1).to_pylist()[0]
+        return origin.told(self.files, row["file"], row["number"], row["line"])
 
 
 def load(settings: Settings) -> Rows:
-    """Read and check the rows that DATASET_NAME and DATASET_SPLIT name.
+    """Read and check the rows that DATASET_NAME and DATASET_SPLIT name, into a store; where that has them, nothing is read.
 
     Raises SettingsError that names file and row of the bad ones; with DROP_BAD_ROWS they are left out and counted.
     """
-    if problems := list(missing(settings)):
-        raise SettingsError(*problems)
-    name = settings.dataset_name
-    commit, found = _from_hub(settings) if on_hub(name) else (None, _slice(settings, list(_from_files(settings))))
-    if not found:
-        raise SettingsError(f"DATASET_NAME={name}: holds no rows in {settings.dataset_split}")
-    first: Row = next((row for _, row in found if isinstance(row, dict)), {})
-    form = formats.choose(first, settings)
-    needs, reads = form.needs(settings), form.reads(settings)
-    good, bad, places = [], [], []
-    for where, row in found:
-        if problem := form.problem(row, settings) if isinstance(row, dict) else f"is {checks.kind(row)}, not an object":
-            bad.append(f"{where}: {problem}")
-        else:
-            there = (column for column in reads if column in row)
-            good.append({column: row[column] for column in there if column in needs or not checks.empty(row[column])})
-            places.append(where)
-    refuse(bad, len(found), settings, formats.needed(form, settings))
-    if not good:
-        raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
-    form.check(settings)  # refused now, and not after a model was downloaded
-    print(formats.told(first, form, settings), flush=True)
-    digest = hashlib.sha256(json.dumps(good, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-    return Rows(name, commit, good, form.NAME, len(found), len(bad), digest, places)
-
-
-def refuse(bad: list[str], of: int, settings: Settings, needed: str) -> None:
-    """Raise SettingsError that names bad rows, unless DROP_BAD_ROWS is set. bad: sentences; of: rows in all; needed: what a row needs."""
-    if bad and not settings.drop_bad_rows:
-        more = f" (and {len(bad) - SHOWN} more)" if len(bad) > SHOWN else ""
-        raise SettingsError(
-            *bad[:SHOWN],
-            f"{len(bad)} of {of} rows are malformed{more}: {needed}. Mend them, or leave them out with DROP_BAD_ROWS=1.",
+    source = origin.of(settings)
+    key = dict(
+        version=store.version(),
+        source=source.content,
+        settings={name: getattr(settings, name) for name in READING},
+    )
+    with store.opened("rows", key) as opened:
+        if opened.done is None:
+            store.room(2 * source.size, "rows and tokens")
+            where = held_rows.places(settings, source)
+            written, said = Checked(settings, source, opened, where.trained).stored()
+            opened = written.finish({**said, "held": held_rows.of_split(settings, source, where)})
+        assert opened.done is not None
+        said = opened.done
+        form = FORMATS[said["format"]]
+        form.check(settings)  # refused now, and not after a model was downloaded
+        print(formats.told(dict.fromkeys(said["columns"]), form, settings), flush=True)
+        return Rows(
+            name=settings.dataset_name,
+            commit=source.commit,
+            format=form.NAME,
+            seen=said["seen"],
+            dropped=said["bad"],
+            sha256=said["sha256"],
+            files=source.names,
+            stored=opened.rows(),
+            held=held_rows.again(settings, source, said["held"]),
         )
-
-
-def _from_files(settings: Settings) -> Iterator[Placed]:
-    """The rows of DATASET_NAME: of a file, of all files in a folder one after the other, or the bundled ones (one language or both)."""
-    if settings.dataset_name == "samples":
-        languages = [settings.dataset_config] if settings.dataset_config else ["en", "zh"]
-        files = {f"samples/{language}.jsonl": SAMPLES / f"{language}.jsonl" for language in languages}
-    else:
-        path = Path(settings.dataset_name).expanduser()
-        files = {settings.dataset_name: path}
-        if path.is_dir():
-            files = {f"{settings.dataset_name.rstrip('/')}/{name}": path / name for name in _row_files(path)}
-            print(f"data: {settings.dataset_name}: {', '.join(_row_files(path))}", flush=True)
-    for shown, file in files.items():
-        for where, row in reading.rows(file, formats.wanted(settings)):
-            yield f"{shown} {where}", row
-
-
-def _row_files(folder: Path) -> list[str]:
-    """Names of the files in the folder and in its data/ that hold the rows of the split `train`, sorted.
-
-    Others lie beside them, such as README.md. Where some are named after `train`, the rest are other splits, as the Hub has them.
-    """
-    found = [path for path in (*folder.iterdir(), *folder.glob("data/*")) if path.suffix.lower() in reading.READERS]
-    rows = [path for path in found if path.is_file() and path.name[0] != "." and path.name not in DESCRIPTIONS]
-    train = [path for path in rows if re.match(r"train(?![a-z])", path.name, re.IGNORECASE)]
-    return sorted(str(path.relative_to(folder)) for path in train or rows)
-
-
-def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
-    """The rows of a split on the Hub, and their commit."""
-    name, split = settings.dataset_name, str(_split(settings)["name"])
-    commit, found = sources.hub().dataset(settings, split)
-    names, which = found.column_names, _range(settings, len(found))
-    # others may hold pictures, or values that Python cannot. If none is wanted, keep one: without columns there are no rows
-    used = [column for column in names if column in formats.wanted(settings)] or names[:1]
-    rows = found.select(which).select_columns(used)
-    return commit, [
-        (f"{name} {split} row {index + 1}", {**dict.fromkeys(names), **row})
-        for index, row in zip(which, rows, strict=True)
-    ]
-
-
-def missing(settings: Settings) -> Iterator[str]:
-    """What is wrong with the file or folder that DATASET_NAME names, in a sentence."""
-    name = settings.dataset_name
-    if problem := local.url("DATASET_NAME", name):
-        yield problem
-    elif name != "samples" and not on_hub(name):
-        path = Path(name).expanduser()
-        if path.is_dir():
-            yield from _folder_without_rows(name, path)
-        elif path.suffix.lower() not in reading.READERS:
-            yield (
-                f"DATASET_NAME={name}: not a known kind of file; it takes {', '.join(reading.READERS)}, for example DATASET_NAME=rows.jsonl"
-            )
-        elif not path.is_file():
-            yield f"DATASET_NAME={name}: there is no such file; give its path, in a container the one it is mounted at"
-
-
-def _folder_without_rows(name: str, path: Path) -> Iterator[str]:
-    kinds = sorted({Path(file).suffix.lower() for file in _row_files(path)})
-    if not kinds:
-        yield (
-            f"DATASET_NAME={name}: the folder holds no rows; it takes files of one kind out of {', '.join(reading.READERS)}, in the "
-            "folder or in its data/, for example train-00000.parquet and train-00001.parquet"
-        )
-    elif len(kinds) > 1:
-        file = next(file for file in _row_files(path) if file.lower().endswith(kinds[0]))
-        yield (
-            f"DATASET_NAME={name}: the folder holds rows of {len(kinds)} kinds ({', '.join(kinds)}), and it takes one; name one "
-            f"file, for example DATASET_NAME={name.rstrip('/')}/{file}"
-        )
-
-
-def _slice(settings: Settings, rows: list[Placed]) -> list[Placed]:
-    """The slice of a local file or folder, whose only split is `train`."""
-    if _split(settings)["name"] != "train":
-        raise SettingsError(
-            f"DATASET_SPLIT={settings.dataset_split}: a file or folder has only the split train, for example DATASET_SPLIT=train[0:500]"
-        )
-    return [rows[index] for index in _range(settings, len(rows))]
-
-
-def _split(settings: Settings) -> re.Match[str]:
-    """DATASET_SPLIT, taken apart."""
-    parsed = re.fullmatch(SPLIT, settings.dataset_split)
-    assert parsed is not None  # checked by settings
-    return parsed
-
-
-def _range(settings: Settings, count: int) -> range:
-    """The rows that the slice of DATASET_SPLIT takes out of `count`; bounds beyond the end mean the end."""
-    parsed = _split(settings)
-
-    def bound(text: str | None) -> int | None:
-        if text is None:
-            return None
-        return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
-
-    return range(*slice(bound(parsed["start"]), bound(parsed["stop"])).indices(count))

@@ -27,6 +27,12 @@ def row(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]) -
     return _short("".join(letter if _harmless(letter) else letter.encode("unicode_escape").decode() for letter in text))
 
 
+def told(text: str) -> str:
+    """Lines for the console: the first row as it is trained."""
+    lines = "\n".join(f"  | {line}" for line in text.splitlines())
+    return f"data: the first row as it is trained (the loss is on what stands between ‹ and ›):\n{lines}"
+
+
 def _harmless(letter: str) -> bool:
     """Whether a letter only shows itself: no control, no direction of writing."""
     return letter == "\n" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -14,9 +14,9 @@ import pytest
 
 import chats
 from finetune import data
+from finetune.data.encoder import Encoder
 from finetune.data.formats.messages import Messages
 from finetune.data.kept import Guard
-from finetune.data.tokens import Encoder
 from finetune.settings import Settings
 
 ROWS = 25

@@ -1,0 +1,66 @@
+"""Held-out rows as tokens, without near-duplicates of trained rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+from finetune import files
+from finetune.data.checked import refuse
+from finetune.data.encoder import Encoder
+from finetune.data.formats import Format
+from finetune.data.held_out import HeldOut, Question
+from finetune.data.held_rows import Held
+from finetune.data.near_duplicates import near_duplicates
+from finetune.data.packing import TokenRows
+from finetune.settings import Settings
+
+
+def encoded(
+    held: Held, form: Format, encoder: Encoder, trained: TokenRows, common: int, settings: Settings, folder: Path
+) -> HeldOut:
+    """Tokens of the rows that are held out, EVAL_ROWS at the most. form, encoder: of their texts and tokens; trained, common: see `Tokens`.
+
+    folder: remembers which of them are near-duplicates of the trained rows, so that those are not gone through again.
+
+    Raises SettingsError that names bad rows, where the user named these rows or would have trained them.
+    """
+    rows = encoder.many(held.rows)
+    bad = [f"{place}: {row['problem']}" for place, row in zip(held.places, rows, strict=True) if row["problem"]]
+    if held.strict:
+        refuse(bad, len(bad), len(rows), settings, "what a row says has to be measured")
+    # a label is an id, or below 0; the first is not counted, because no token before it predicts it
+    good = [index for index, row in enumerate(rows) if any(label >= 0 for label in row["labels"][1:])]
+    known = _known([rows[index]["input_ids"] for index in good], trained, common, folder)
+    free = [index for index, twice in zip(good, known, strict=True) if not twice][: settings.eval_rows]
+    looked_at = good.index(free[-1]) + 1 if len(free) == settings.eval_rows else len(good)
+    texts = [form.text(held.rows[index]) for index in free[: settings.eval_questions]]
+    digest = hashlib.sha256()
+    for ids, labels in ((rows[index]["input_ids"], rows[index]["labels"]) for index in free):
+        digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
+    return HeldOut(
+        name=held.name,
+        rows=[{name: rows[index][name] for name in ("input_ids", "labels")} for index in free],
+        places=[held.places[index] for index in free],
+        questions=[
+            Question(text.text[: text.answers[-1][0]], text.text[slice(*text.answers[-1])].strip()) for text in texts
+        ],
+        truncated=sum(rows[index]["truncated"] for index in free),
+        dropped=held.dropped + len(rows) - len(good),
+        duplicates=sum(known[:looked_at]),
+        sha256=digest.hexdigest(),
+    )
+
+
+def _known(held: list[list[int]], trained: TokenRows, common: int, folder: Path) -> list[bool]:
+    """Which of the rows are near-duplicates, from the folder of the trained rows' store where that knows."""
+    name = hashlib.sha256(json.dumps([held, common]).encode()).hexdigest()
+    file = folder / f"near-duplicates-{name[:32]}.json"
+    if file.is_file():
+        found: list[bool] = json.loads(file.read_bytes())
+        return found
+    found = near_duplicates(held, trained.blocks(), common) if held else []
+    files.write_json(file, found)
+    return found
