@@ -67,6 +67,8 @@ def messages(*turns: Any, **beside: Any) -> dict[str, Any]:
         (QWEN, messages(WEATHER[0], {**WEATHER[1], "content": ""}, *WEATHER[2:]), f"{CALL}18.{END}"),
         (QWEN, messages(WEATHER[0], {**WEATHER[1], "content": "Let me see."}, *WEATHER[2:]), f"Let me see.\n{CALL}18.{END}"),
         (QWEN, messages(WEATHER[0], dict(role="assistant", function_call=CALLED["function"]), turn("function", "18C", name="get_weather"), WEATHER[3]), f"{CALL}18.{END}"),
+        (R1, messages(ASKED, SAID, system="Be kind."), f"Four.{STOP}"),
+        (QWEN, dict(messages=json.dumps([ASKED, SAID])), f"Four.{END}"),
         (QWEN, messages({**ASKED, "tool_calls": None}, {**SAID, "tool_calls": None}), f"Four.{END}"),
         (QWEN, messages(turn("user", "Capital?"), turn("assistant", "Paris", weight=0), turn("user", "Be sarcastic."), turn("assistant", "Paris!", weight=1)), f"Paris!{END}"),
         (QWEN, messages(turn("user", "Capital?"), turn("assistant", "Paris", train=False), ASKED, SAID), f"Four.{END}"),
@@ -322,6 +324,10 @@ def test_a_text_that_is_nothing_but_an_eos_is_named(tmp_path: Path) -> None:
     for row in (dict(prompt="a", completion=END), dict(prompt=END, completion=END)):
         with pytest.raises(SettingsError, match=r"row 1 .*has a text that holds nothing but"):
             tokens(tmp_path, words(QWEN), [row])
+    (tmp_path / "two.txt").write_text("{}\n{}")
+    own = dict(PROMPT_COLUMNS="question", COMPLETION_COLUMNS="answer", PROMPT_TEMPLATE=str(tmp_path / "two.txt"))
+    with pytest.raises(SettingsError, match=r"row 1 .*column answer holds nothing but"):
+        tokens(tmp_path, words(QWEN), [dict(question=END, answer=END)], **own)
 
 
 def test_html_that_looks_like_bos_and_eos_is_text(tmp_path: Path) -> None:
