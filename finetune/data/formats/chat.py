@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from finetune.data.formats.answers import OPENED, Answers
 from finetune.data.formats.base import BadRow, Row, Span, Text, any_of, special_texts
 from finetune.data.formats.dialect import ASKED, Dialect
-from finetune.data.formats.marks import Layout, Missing, lay, thought_in
+from finetune.data.formats.marks import Layout, Missing, lay
+from finetune.data.formats.pieces import thought_in
 from finetune.data.formats.turns import ASSISTANT, USER, Conversation, Turn
 from finetune.errors import SettingsError
 from finetune.settings import Settings
