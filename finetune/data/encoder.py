@@ -100,7 +100,7 @@ class Encoder:
                 f"example MAX_SEQ_LENGTH={2 * self.limit}"
             )
         # if the cut is in a question, the EOS is not trained: it ends no answer
-        last = eos if not made.cut or last_trained else IGNORE_INDEX
+        last = eos if (last_trained if made.cut else text.ends) else IGNORE_INDEX
         said = {*text.said, *({"literal"} if text.literal else ()), *({"rewritten"} if rewritten else ())}
         flags = {name: name in said for name in FLAGS}
         return dict(input_ids=[*ids, eos], labels=[*labels, last], truncated=made.cut, **flags)

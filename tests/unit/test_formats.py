@@ -23,6 +23,7 @@ END = "<|im_end|>"
 STOP = "<｜end▁of▁sentence｜>"
 ASKED, SAID = turn("user", "2+2?"), turn("assistant", "Four.")
 CALLED = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "SF"}'}}
+TOOL_CALL = {"name": "get_weather", "arguments": {"city": "SF"}}
 TOOL = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "SF"}}\n</tool_call>' + END
 WEATHER = [
@@ -66,6 +67,8 @@ def messages(*turns: Any, **beside: Any) -> dict[str, Any]:
         (QWEN, messages(WEATHER[0], {**WEATHER[1], "content": ""}, *WEATHER[2:]), f"{CALL}18.{END}"),
         (QWEN, messages(WEATHER[0], {**WEATHER[1], "content": "Let me see."}, *WEATHER[2:]), f"Let me see.\n{CALL}18.{END}"),
         (QWEN, messages(WEATHER[0], dict(role="assistant", function_call=CALLED["function"]), turn("function", "18C", name="get_weather"), WEATHER[3]), f"{CALL}18.{END}"),
+        (R1, messages(ASKED, SAID, system="Be kind."), f"Four.{STOP}"),
+        (QWEN, dict(messages=json.dumps([ASKED, SAID])), f"Four.{END}"),
         (QWEN, messages({**ASKED, "tool_calls": None}, {**SAID, "tool_calls": None}), f"Four.{END}"),
         (QWEN, messages(turn("user", "Capital?"), turn("assistant", "Paris", weight=0), turn("user", "Be sarcastic."), turn("assistant", "Paris!", weight=1)), f"Paris!{END}"),
         (QWEN, messages(turn("user", "Capital?"), turn("assistant", "Paris", train=False), ASKED, SAID), f"Four.{END}"),
@@ -73,6 +76,10 @@ def messages(*turns: Any, **beside: Any) -> dict[str, Any]:
         (R1, messages(ASKED, turn("assistant", R1_TEXT)), f"{R1_TEXT}{STOP}"),
         (R1, messages(ASKED, turn("assistant", "R1\n</think>\n\nFour.")), f"{R1_TEXT}{STOP}"),
         (R1, messages(ASKED, turn("assistant", f"{NO_THOUGHT}Four.")), f"{NO_THOUGHT}Four.{STOP}"),
+        (QWEN, messages(ASKED, turn("assistant", "R1\n</think>\n\nFour.")), f"R1\n</think>\n\nFour.{END}"),
+        (QWEN, messages(ASKED, turn("assistant", "A thought ends with </think> and a line.")), f"A thought ends with </think> and a line.{END}"),
+        (QWEN, messages(ASKED, SAID, ASKED, turn("assistant", "No.", weight=0)), f"Four.{END}"),
+        (QWEN, messages(WEATHER[0], dict(role="assistant", tool_calls=[TOOL_CALL, TOOL_CALL]), turn("tool", "a"), turn("tool", "b"), SAID), f"{CALL.removesuffix(END)}\n{CALL}Four.{END}"),
         (QWEN, messages(ASKED, R1_TURN), f"{R1_TEXT}{END}"),
         (QWEN3, messages(ASKED, R1_TURN, ASKED, SAID), f"{R1_TEXT}{END}{NO_THOUGHT}Four.{END}"),
         ("gptoss", messages(ASKED, R1_TURN), "<|channel|>analysis<|message|>R1<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>"),
@@ -317,6 +324,10 @@ def test_a_text_that_is_nothing_but_an_eos_is_named(tmp_path: Path) -> None:
     for row in (dict(prompt="a", completion=END), dict(prompt=END, completion=END)):
         with pytest.raises(SettingsError, match=r"row 1 .*has a text that holds nothing but"):
             tokens(tmp_path, words(QWEN), [row])
+    (tmp_path / "two.txt").write_text("{}\n{}")
+    own = dict(PROMPT_COLUMNS="question", COMPLETION_COLUMNS="answer", PROMPT_TEMPLATE=str(tmp_path / "two.txt"))
+    with pytest.raises(SettingsError, match=r"row 1 .*column answer holds nothing but"):
+        tokens(tmp_path, words(QWEN), [dict(question=END, answer=END)], **own)
 
 
 def test_html_that_looks_like_bos_and_eos_is_text(tmp_path: Path) -> None:

@@ -42,13 +42,15 @@ class Text:
     """A row's training text, without the EOS at its end.
 
     answers: the spans that the model should learn to write. untrained: spans without a loss whatever TRAIN_ON says. literal: spans of
-    special tokens' text that the row itself holds, and that are tokenized as ordinary text. said: those of FLAGS that hold.
+    special tokens' text that the row itself holds, and that are tokenized as ordinary text. ends: whether the EOS at the end of the
+    row ends something that is trained. said: those of FLAGS that hold.
     """
 
     text: str
     answers: list[Span]
     literal: list[Span] = dataclasses.field(default_factory=list)
     untrained: list[Span] = dataclasses.field(default_factory=list)
+    ends: bool = True
     said: frozenset[str] = frozenset()
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from finetune.data.formats.answers import OPENED, Answers
 from finetune.data.formats.base import BadRow, Row, Span, Text, any_of, special_texts
 from finetune.data.formats.dialect import ASKED, Dialect
-from finetune.data.formats.marks import THOUGHT, Layout, Missing, lay
+from finetune.data.formats.marks import Layout, Missing, lay
+from finetune.data.formats.pieces import thought_in
 from finetune.data.formats.turns import ASSISTANT, USER, Conversation, Turn
 from finetune.errors import SettingsError
 from finetune.settings import Settings
@@ -32,6 +33,7 @@ class Chat:
     eos: str
     asks: str  # what the template adds to ask for an answer
     ends: str  # the special tokens with which the template ends an answer; "" where it ends it with none
+    opens: bool = False  # whether what asks for an answer ends with <think>
 
     @classmethod
     def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> Chat:
@@ -51,7 +53,7 @@ class Chat:
             return bare
         asks = OPENED.sub("", asking.removeprefix(plain)) if asking.startswith(plain) else ""
         ends = re.match(f"(?:{special.pattern})+", tail.lstrip())
-        return dataclasses.replace(bare, asks=asks, ends=ends[0] if ends else "")
+        return dataclasses.replace(bare, asks=asks, ends=ends[0] if ends else "", opens=bool(OPENED.search(asking)))
 
     @property
     def writes_day(self) -> bool:
@@ -99,6 +101,7 @@ class Chat:
             answers=[spans[n] for n in taken],
             literal=sorted(set(literal)),
             untrained=[spans[n] for n in spans if n in said.muted] + others,
+            ends=len(turns) - 1 not in said.muted,
             said=frozenset(flags),
         )
 
@@ -118,12 +121,12 @@ class Chat:
         if content.endswith(self.eos) and content != self.eos:  # the template writes one
             flags.add("marked")
             turn = {**turn, "content": content.removesuffix(self.eos)}
-        found = THOUGHT.fullmatch(turn["content"])
+        found = thought_in(turn["content"])
         if not found or "reasoning_content" in turn:
             return turn
         if not self.dialect.tags and self.dialect.thought:
             return {**turn, "content": found["answer"].strip(), "reasoning_content": found["thought"].strip()}
-        if not turn["content"].lstrip().startswith("<think>"):
+        if self.opens and not turn["content"].lstrip().startswith("<think>"):
             return {**turn, "content": "<think>\n" + turn["content"].lstrip()}
         return turn
 
@@ -167,7 +170,7 @@ class Chat:
         """Turns that say <think></think>, which tells a model not to think, where the template leaves that out."""
         found = set()
         for number, turn in enumerate(turns):
-            split = THOUGHT.fullmatch(turn.get("content", "")) if turn["role"] == ASSISTANT else None
+            split = thought_in(turn.get("content", "")) if turn["role"] == ASSISTANT else None
             if split and not split["thought"].strip() and not turn.get("_opaque") and self.dialect.tags:
                 own = next(
                     (span for piece, span in layout.found() if piece.turn == number and piece.kind == "text"), None
@@ -245,7 +248,7 @@ def _without_thoughts(turns: list[Turn], flags: set[str]) -> list[Turn]:
     last = max((number for number, turn in enumerate(turns) if turn["role"] == USER), default=0)
     found = []
     for number, turn in enumerate(turns):
-        split = THOUGHT.fullmatch(turn.get("content", "")) if turn["role"] == ASSISTANT and number < last else None
+        split = thought_in(turn.get("content", "")) if turn["role"] == ASSISTANT and number < last else None
         bare = {key: value for key, value in turn.items() if key != "reasoning_content"} if number < last else turn
         found.append({**bare, "content": split["answer"].lstrip()} if split else bare)
     if found != turns:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.data import checks
+from finetune.data.formats import calls
 from finetune.data.formats.base import BadRow
 from finetune.errors import first_line
 
@@ -77,7 +78,7 @@ def conversation(
     if muted:
         said.add("muted")
     _in_order(turns)
-    return Conversation(turns, _tools(tools, said), context, muted, _options(options), frozenset(said))
+    return Conversation(turns, calls.tools(tools, said), context, muted, _options(options), frozenset(said))
 
 
 def listed(value: Any, column: str) -> list[Any]:
@@ -110,9 +111,9 @@ def _turn(message: Turn, number: int, whole: str, said: set[str]) -> Turn:
         raise BadRow(f"message {number} has no role")
     content = next((fields.pop(key) for key in ("content", "value", "text") if key in fields), None)
     turn: Turn = {"role": ROLES.get(role.strip().lower(), role), "_written": role}
-    called = _called(fields, number)
+    called = calls.called(fields, number)
     if turn["role"] == CALL:
-        turn["role"], called, content = ASSISTANT, [*called, *_calls_in(content, number)], None
+        turn["role"], called, content = ASSISTANT, [*called, *calls.written(content, number)], None
     if isinstance(content, list):
         content, thought = _joined(content, number)
         if thought:
@@ -121,19 +122,12 @@ def _turn(message: Turn, number: int, whole: str, said: set[str]) -> Turn:
     if called:
         if turn["role"] != ASSISTANT:
             raise BadRow(f"message {number} (role {role}) calls tools; only the assistant does")
-        turn["tool_calls"] = [_call(call, number, said) for call in called]
+        turn["tool_calls"] = [calls.call(call, number, said) for call in called]
     turn |= _content(turn, content, number, said)
     turn |= {key: value for key, value in fields.items() if value not in ([], {}, "")}
     if wrong := checks.bad_characters(whole):
         raise BadRow(f"message {number} {wrong}")
     return turn
-
-
-def _called(fields: Turn, number: int) -> list[Any]:
-    """The calls in a message's fields, which are taken out: OpenAI's list, or the one call that it had before."""
-    calls, call = fields.pop("tool_calls", None), fields.pop("function_call", None)
-    found = [] if checks.empty(calls) else _list(calls, f"tool_calls of message {number}")
-    return found if checks.empty(call) else [*found, call]
 
 
 def _thought(fields: Turn, number: int, said: set[str]) -> Turn:
@@ -183,80 +177,6 @@ def _joined(parts: list[Any], number: int) -> tuple[str, str]:
     return "\n".join(texts), "\n".join(thoughts)
 
 
-def _calls_in(content: Any, number: int) -> list[Any]:
-    """The calls that ShareGPT writes as JSON in the text of a message."""
-    try:
-        value = checks.parsed(content)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"message {number} calls a tool, but its text is not JSON ({first_line(error)})") from None
-    return _list(value, f"message {number}")
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    found = [value] if isinstance(value, dict) else value
-    if not isinstance(found, list):
-        raise BadRow(f'{where} calls a tool, but is {checks.kind(value)}; it takes {{"name": …, "arguments": {{…}}}}')
-    return found
-
-
-def _call(call: Any, number: int, said: set[str]) -> Turn:
-    """One call: {"type": "function", "function": {"name", "arguments": an object}}, with its id where it has one."""
-    outer: Turn = call if isinstance(call, dict) else {}
-    inner: Turn = outer["function"] if isinstance(outer.get("function"), dict) else outer
-    name, arguments = inner.get("name"), inner.get("arguments", inner.get("parameters"))
-    if not isinstance(name, str) or not name.strip():
-        raise BadRow(f"message {number} calls a tool without a name")
-    try:
-        given = checks.parsed(arguments)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"message {number}: arguments of {name} are not JSON ({first_line(error)})") from None
-    if checks.empty(given):
-        given = {}
-    if not isinstance(given, dict):
-        raise BadRow(f"message {number}: arguments of {name} are {checks.kind(given)}, not an object")
-    if given is arguments:
-        given = _without_nulls(given, said)
-    known = ("name", "arguments", "parameters")
-    more = {
-        key: value
-        for key, value in inner.items()
-        if key not in (*known, "id", "type", "function") and value is not None
-    }
-    wire = {"id": outer["id"]} if outer.get("id") is not None else {}
-    return {**wire, "type": "function", "function": {"name": name, "arguments": given, **more}}
-
-
-def _without_nulls(value: Any, said: set[str]) -> Any:
-    if isinstance(value, dict):
-        kept = {key: _without_nulls(inner, said) for key, inner in value.items() if inner is not None}
-        if len(kept) < len(value):
-            said.add("nulls")
-        return kept
-    return [_without_nulls(inner, said) for inner in value] if isinstance(value, list) else value
-
-
-def _tools(tools: Any, said: set[str]) -> list[dict[str, Any]]:
-    """Tools, a list or JSON in a text, each as {"type": "function", "function": {…}}. Raises BadRow."""
-    try:
-        found = checks.parsed(tools)
-        json.dumps(found)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadRow(f"tools are not JSON ({first_line(error)})") from None
-    if checks.empty(found):
-        return []
-    found = [found] if isinstance(found, dict) else found
-    made = []
-    for tool in found if isinstance(found, list) else [found]:
-        inner = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise BadRow(
-                'has tools without a name; each is {"type": "function", "function": {"name": …, "parameters": {…}}}'
-            )
-        kept = _without_nulls(tool, said) if found is tools else tool
-        made.append(kept if "function" in kept else {"type": "function", "function": kept})
-    return made
-
-
 def _options(options: Any) -> dict[str, Any]:
     """chat_template_kwargs, as trl has them."""
     if checks.empty(options):
@@ -295,7 +215,7 @@ def _in_order(turns: list[Turn]) -> None:
     for number, turn in enumerate(turns, 1):
         if turn.get("tool_calls"):
             waiting = [call.get("id") for call in turn["tool_calls"]]
-        elif turn["role"] == TOOL and turn.get("tool_call_id") in waiting[1:]:
+        elif turn["role"] == TOOL and turn.get("tool_call_id") in [name for name in waiting[1:] if name is not None]:
             raise BadRow(
                 f"message {number} answers a later call before the first; give the results in the order of the calls"
             )
