@@ -129,7 +129,10 @@ def held_elsewhere(settings: Settings) -> Held:
             raise SettingsError(*problems)
         _, found, _ = _read(there)
         if not found:
-            raise SettingsError(f"DATASET_NAME={there.dataset_name}: holds no rows in {there.dataset_split}")
+            raise SettingsError(
+                f"DATASET_SPLIT={there.dataset_split}: {there.dataset_name} holds no rows there; name others, for example "
+                "DATASET_SPLIT=train[500:564]"
+            )
     return _checked(there.dataset_name, found[: held_out.SPARE * settings.eval_rows], True, settings)
 
 

@@ -202,7 +202,7 @@ def test_rows_from_another_place_are_measured_and_all_others_trained(tmp_path: P
 @pytest.mark.parametrize(
     ("content", "values", "said"),
     [
-        (None, {}, "no such file"), ("{", {}, "not JSON"), ("[]\n", {}, "not an object"), ('{"Question": 1}\n', {}, "row 1"), ("", {}, "no rows"),
+        (None, {}, "no such file"), ("{", {}, "not JSON"), ("[]\n", {}, "not an object"), ('{"Question": 1}\n', {}, "row 1"), ("", {}, "holds no rows"),
         ("{}", {"EVAL_SPLIT": "test"}, "EVAL_SPLIT=test: a file or folder has only the split train"),
     ],
 )  # fmt: skip
