@@ -13,7 +13,8 @@ import pytest
 
 import tiny
 from finetune import data
-from finetune.data import held_out, near_duplicates, rows
+from finetune.data import held_out, held_tokens, near_duplicates, rows
+from finetune.data.formats.base import Text
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
@@ -163,6 +164,12 @@ def test_the_last_rows_of_a_file_are_held_out_and_no_longer_trained(tmp_path: Pa
     question = held(found).questions[0]
     assert question.prompt.endswith("### Response:\n<think>") and len(held(found).questions) == 3
     assert question.reference.count("word") == 12
+
+
+def test_a_row_is_asked_up_to_its_last_answer() -> None:
+    conversation = Text("Q1 A1 Q2 A2 ", [(3, 5), (9, 12)])
+    assert held_tokens.question(conversation) == held_out.Question("Q1 A1 Q2 ", "A2")
+    assert held_tokens.question(Text("plain", [(0, 5)])) is None and held_tokens.question(Text("plain", [])) is None
 
 
 def test_rows_beside_the_slice_leave_training_as_it_is_also_where_they_are_bad(tmp_path: Path, words: Any) -> None:
