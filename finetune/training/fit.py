@@ -155,6 +155,9 @@ def _evaluation(
     # a piece is no larger than the largest of training, where that is known
     most = max(chosen.tokens, tokens.longest) if chosen.tokens else None
     made = Evaluation(model, batches, tokens.held_out.rows, chosen.micro_batch, most, tokens.longest)
+    if not any(made.points.labels):
+        print(f"held out: no rows, since none has a label within its first {tokens.longest} tokens", flush=True)
+        return None
     points = Points.load(resume) if resume is not None else None
     if made.cut:
         print(
