@@ -177,7 +177,12 @@ def test_a_killed_tokenizing_process_is_told_and_none_outlives_a_killed_run(llam
     (tmp_path / "rows.jsonl").write_text(lines)
 
     def tokenizing() -> tuple[subprocess.Popen[str], list[int]]:
-        many = {"DATASET_NAME": tmp_path / "rows.jsonl", "DATASET_CONFIG": "", "DATASET_NUM_PROC": 3}
+        many = {
+            "DATASET_NAME": tmp_path / "rows.jsonl",
+            "DATASET_CONFIG": "",
+            "DATASET_SPLIT": "train",
+            "DATASET_NUM_PROC": 3,
+        }
         process = start(llama, tmp_path / "out", **many)
         place = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while len(children := place.read_text().split()) < 3:
