@@ -75,7 +75,7 @@ env-example: main ## write env.example, README's tables, run.schema.json and the
 lock: ## resolve the dependencies again (UPGRADE=1: newest versions)
 	@scripts/lock.sh
 
-image: ## build the container image (CUDA=12.8: for drivers older than 580)
+image: ## build the container image (CUDA=12.8: for drivers older than 580; PIP_INDEX_URL=…, BASE=…: mirrors nearby)
 	@scripts/image.sh
 
 image-reproducible: ## build the image twice and compare; differing files are printed

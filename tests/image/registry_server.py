@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
+
 USER, PASSWORD = "user-of-a-test", "password-of-a-test"
 
 
@@ -27,14 +29,7 @@ def install() -> str:
         return program
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         pytest.skip("no docker-registry is installed, and only root on Debian can install it here")
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (("update",), ("install", "-y", "--no-install-recommends", "docker-registry")):
-        subprocess.run(
-            ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300", *words],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env=quiet,
-        )
+    subprocess.run([ROOT / "scripts/apt_install.sh", "docker-registry"], check=True)
     return shutil.which("docker-registry") or pytest.fail("apt-get installed no docker-registry")
 
 
