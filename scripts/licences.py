@@ -103,7 +103,8 @@ def of_debian(copyright_file: Path) -> list[dict[str, Any]]:
     if re.search(r"^Format(?:-Specification)?:", text, re.MULTILINE):
         for line in re.findall(r"^License:[ \t]*(\S.*)$", text, re.MULTILINE):
             words = re.split(r",?\s+(?:or|and|and/or)\s+|,\s*|_or_|/", line.strip())
-            names |= {word for word in words if word and len(word.split()) <= 4 and len(word) < 40}
+            if all(re.fullmatch(r"\S+( with \S.* exception)?", word, re.IGNORECASE) for word in words):
+                names |= {*words}  # else it is prose, where a name should stand
     if not names:
         # without the machine's form, "version 2 or later" is not told apart from "version 2"
         names = set(re.findall(r"/usr/share/common-licenses/([A-Za-z]+(?:-[\d.]*\d)?)", text))
