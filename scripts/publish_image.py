@@ -1,7 +1,7 @@
 """Build both images, test them, push them, and attach SBOM and provenance: make publish-image REGISTRY=…
 
 Tags are dated and are never written twice: VERSION-cudaCUDA-YYYYMMDD-COMMIT. Everything that is wrong is shown before the first
-build, and nothing is pushed before both images have passed. From the environment:
+build, and nothing is pushed before both images have passed. A tag is written last: an image with its final name is whole. From the environment:
 
     REGISTRY      where to: host/path as in an image's name, logged in with `docker login`
     SIGNING_KEY   a file with a private key (PEM) that signs SBOM and provenance. Without it the identity (OIDC) of a workflow
@@ -65,7 +65,7 @@ class Variant:
     """The image for one CUDA version, on its way to a tag."""
 
     def __init__(self, cuda: str, image: str | None, tag: str):
-        self.cuda, self.tag = cuda, tag
+        self.cuda, self.tag, self.staging = cuda, tag, f"staging-cuda{cuda}"
         self.built = image is not None
         self.image = image or f"{NAME}:cuda{cuda}"
 
@@ -115,16 +115,18 @@ class Variant:
             return content.read()
 
     def push(self, place: Repository) -> str:
-        """Push, and give the digest that the registry has then."""
+        """Push under a tag that every release writes anew, and give the digest that the registry has then."""
+        name = f"{place.host}/{place.path}:{self.staging}"
+        docker("tag", self.image, name)
+        subprocess.run([os.environ.get("DOCKER") or "docker", "push", name], check=True)
+        docker("rmi", name)
+        return str(place.descriptor(self.staging)["digest"])
+
+    def finish(self, place: Repository, digest: str) -> None:
+        """Give the image its name: from now on it is whole."""
         if place.digest(self.tag):
             raise Refused(f"{place.path}:{self.tag} has come into being meanwhile, and no tag is written twice")
-        name = f"{place.host}/{place.path}:{self.tag}"
-        docker("tag", self.image, name)
-        subprocess.run(
-            [os.environ.get("DOCKER") or "docker", "push", "-q", name], check=True, stdout=subprocess.DEVNULL
-        )
-        docker("rmi", name)
-        return str(place.descriptor(self.tag)["digest"])
+        place.tag(digest, self.tag)
 
     def attach(self, place: Repository, digest: str, began: str, how: str | None) -> None:
         """SBOM and provenance, readable as they are; where they are signed, the signed bundles too."""
@@ -201,9 +203,11 @@ def main() -> None:
     for variant in variants:
         variant.build()
         variant.test()
-    for variant in variants:
-        digest = variant.push(place)
+    digests = [variant.push(place) for variant in variants]
+    for variant, digest in zip(variants, digests, strict=True):
         variant.attach(place, digest, began, how)
+    for variant, digest in zip(variants, digests, strict=True):
+        variant.finish(place, digest)
         name = f"{place.host}/{place.path}"
         say(f"{name}:{variant.tag} is {digest}, with {len(place.attached(digest))} documents attached")
         print(f"docker pull {name}@{digest}")

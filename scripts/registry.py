@@ -72,6 +72,11 @@ class Repository:
         self._expect(answer, 200, f"read {reference}")
         return {"mediaType": answer.headers["Content-Type"], "digest": _sha256(answer.body), "size": len(answer.body)}
 
+    def tag(self, digest: str, name: str) -> None:
+        answer = self._call("GET", f"/manifests/{digest}", accept=MANIFESTS)
+        self._expect(answer, 200, f"read {digest}")
+        self._put_manifest(name, str(answer.headers["Content-Type"]), answer.body)
+
     def blob(self, digest: str) -> bytes:
         answer = self._call("GET", f"/blobs/{digest}")
         self._expect(answer, 200, f"read {digest}")

@@ -162,6 +162,23 @@ def test_both_images_are_pushed_once_with_what_belongs_to_them(release: Release,
     assert again.returncode == 1 and again.stderr.count("no tag is written twice") == 2, again.stderr
 
 
+def test_a_release_that_breaks_off_leaves_no_final_tag_and_can_be_repeated(release: Release, place: Repository) -> None:
+    release.commit()
+    release.login()
+    whole = release.tags[1]
+    label = json.loads(release.call(DOCKER, "image", "inspect", "--format", "{{json .Config.Labels}}", whole).stdout)
+    (release.folder / "empty").mkdir()
+    (release.folder / "empty/Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")  # no SBOM in it
+    words = [word for key, value in label.items() for word in ("--label", f"{key}={value}")]
+    release.call(DOCKER, "build", "-q", "-t", "finetune-publish:broken", *words, str(release.folder / "empty"))
+    done = release.publish(BUILT=f"{release.tags[0]} finetune-publish:broken")
+    assert done.returncode == 1 and "sbom.cdx.json" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    tags = json.loads(place._call("GET", "/tags/list").body)["tags"]
+    assert not [tag for tag in tags if tag.endswith(label["org.opencontainers.image.revision"][:12])]
+    release.call(DOCKER, "rmi", "-f", "finetune-publish:broken")
+    assert release.publish().returncode == 0
+
+
 def test_a_key_signs_both_documents(release: Release, place: Repository) -> None:
     release.commit()
     release.login()
