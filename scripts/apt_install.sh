@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# apt_install.sh PACKAGE…: install Debian packages, and wait for whoever else uses apt (a machine's own updates run at its start).
+# Debian packages; waits for whoever else uses apt (a machine's own updates run at its start).
+#
+#   apt_install.sh PACKAGE…            install them
+#   apt_install.sh --to DIR PACKAGE…   unpack them below DIR: no service starts, and nothing else of this machine changes
 set -euo pipefail
 
 SECONDS=0
@@ -19,4 +22,11 @@ apt() {
 }
 
 apt update
-apt install -y --no-install-recommends "$@"
+if [ "$1" = --to ]; then
+    mkdir -p "$2"
+    cd "$2"
+    apt download "${@:3}"
+    for package in *.deb; do dpkg -x "$package" .; done
+else
+    apt install -y --no-install-recommends "$@"
+fi

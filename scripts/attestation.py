@@ -77,16 +77,20 @@ def signing() -> str | None:
     return "oidc" if any(os.environ.get(name) for name in OIDC) else None
 
 
-def key_problem() -> str | None:
-    """What is wrong with SIGNING_KEY; it is a file with an EC or RSA key in PEM, without a password."""
-    if signing() != "key":
-        return None
+def signing_problem() -> str | None:
+    """Why this machine could not sign at the end what it builds now. SIGNING_KEY: a private key in PEM, without a password."""
+    how = signing()
     try:
-        _public_key()
+        if how == "key":
+            _public_key()
+        elif how == "oidc":
+            _identity()
     except (OSError, subprocess.CalledProcessError) as error:
         text = (getattr(error, "stderr", b"") or str(error).encode()).decode(errors="replace").strip().splitlines()
-        how = "openssl ecparam -genkey -name prime256v1 -noout -out key.pem"
-        return f"SIGNING_KEY is no private key in PEM without a password ({text[0] if text else 'empty'}). One is made by: {how}"
+        made = "openssl ecparam -genkey -name prime256v1 -noout -out key.pem"
+        return f"SIGNING_KEY is no private key in PEM without a password ({text[0] if text else 'empty'}). One is made by: {made}"
+    except RuntimeError as error:
+        return f"this machine says that it has an identity (OIDC), and Sigstore's client gets none: {error}"
     return None
 
 
@@ -127,17 +131,27 @@ def _public_key() -> bytes:
     return subprocess.run(words, capture_output=True, check=True).stdout
 
 
+def _identity() -> str:
+    """The token of this workflow's identity; it is good for some minutes."""
+    # only here: the import takes longer than everything else
+    from sigstore.oidc import IdentityError, detect_credential
+
+    try:
+        token = detect_credential()
+    except IdentityError as error:
+        raise RuntimeError(str(error)) from None
+    if not token:
+        raise RuntimeError("there is no token")
+    return str(token)
+
+
 def _sign_by_oidc(said: bytes) -> bytes:
     """By a certificate for this workflow's identity, which Sigstore writes into its public log."""
-    # only here: the import takes longer than everything else
     from sigstore.dsse import Statement
     from sigstore.models import ClientTrustConfig
-    from sigstore.oidc import IdentityToken, detect_credential
+    from sigstore.oidc import IdentityToken
     from sigstore.sign import SigningContext
 
-    token = os.environ.get("SIGSTORE_ID_TOKEN") or detect_credential()
-    if not token:
-        raise RuntimeError("this machine offers an OIDC identity, and Sigstore's client found no token in it")
     context = SigningContext.from_trust_config(ClientTrustConfig.production())
-    with context.signer(IdentityToken(token)) as signer:
+    with context.signer(IdentityToken(_identity())) as signer:
         return signer.sign_dsse(Statement(said)).to_json().encode()

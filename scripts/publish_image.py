@@ -168,8 +168,8 @@ def problems(place: Repository | str, variants: list[Variant], revision: str, ve
         found.append("no Docker engine answers: install and start Docker, or set DOCKER_HOST")
     else:
         found += filter(None, (variant.problem(revision) for variant in variants))
-    if key := attestation.key_problem():
-        found.append(key)
+    if unsigned := attestation.signing_problem():
+        found.append(unsigned)
     if isinstance(place, str):
         return [*found, place]
     if blocked := place.problem():

@@ -23,14 +23,14 @@ from conftest import ROOT
 USER, PASSWORD = "user-of-a-test", "password-of-a-test"
 
 
-def install() -> str:
-    """The registry's program, installed where root on Debian asks for it."""
+def install(folder: Path) -> str:
+    """The registry's program; where it is not installed, root on Debian unpacks it into `folder`."""
     if program := shutil.which("docker-registry"):
         return program
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        pytest.skip("no docker-registry is installed, and only root on Debian can install it here")
-    subprocess.run([ROOT / "scripts/apt_install.sh", "docker-registry"], check=True)
-    return shutil.which("docker-registry") or pytest.fail("apt-get installed no docker-registry")
+        pytest.skip("no docker-registry is installed, and only root on Debian can fetch it here")
+    subprocess.run([ROOT / "scripts/apt_install.sh", "--to", str(folder), "docker-registry"], check=True)
+    return str(folder / "usr/bin/docker-registry")
 
 
 def _port() -> int:
@@ -88,7 +88,7 @@ class Tokens(BaseHTTPRequestHandler):
 @contextmanager
 def running(folder: Path) -> Iterator[str]:
     """The registry's host:port."""
-    program = install()
+    program = install(folder / "program")
     words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=tests", "-days", "1"]
     files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
     subprocess.run([*words, *files], check=True, capture_output=True)

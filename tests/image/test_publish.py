@@ -121,6 +121,14 @@ def test_everything_wrong_is_shown_before_the_first_build(release: Release) -> N
         "docker login 127.0.0.1",
     ):
         assert sum(text in line for line in lines[1:]) == 1, done.stderr
+    workflow = {
+        "GITHUB_ACTIONS": "true",
+        "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "x",
+        "ACTIONS_ID_TOKEN_REQUEST_URL": "http://127.0.0.1:1/?",
+    }
+    done = release.publish(**workflow, GITHUB_REF_TYPE="tag", GITHUB_REF_NAME="v0.0.0-other")
+    assert done.returncode == 1 and "identity (OIDC), and Sigstore's client gets none" in done.stderr, done.stderr
+    assert "the tag is v0.0.0-other, and pyproject.toml says" in done.stderr and "Traceback" not in done.stderr
     for registry, text in (
         ("", "REGISTRY is not set"), ("https://x.invalid/You", "allowed is host/path in lower case"), ("you", "allowed is host/path"), ("team/you", "the registry's host too"),
         ("127.0.0.1:1/you", "127.0.0.1:1 does not answer"),
