@@ -126,6 +126,8 @@ def fetch(settings: Settings) -> Cached:
         if problem := quantised(source):  # refused now, and not after 40 GB were downloaded
             raise SettingsError(problem)
         asked.update(revision=source.commit, ignore_patterns=EXCLUDED)  # so that all files are of the same commit
+        # huggingface_hub before 1.3x kept no list of a commit's files in its cache, and offline none can be asked for
+        asked.update(local_files_only=constants.is_offline_mode())
         snapshot_download(**asked, allow_patterns=[*WEIGHTS, *TEXTS])
         if not any(source.folder.glob("*.safetensors")):
             snapshot_download(**asked, allow_patterns=[*OLD_WEIGHTS, *TEXTS])
