@@ -44,6 +44,14 @@ def without_password(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
+def ours(error: BaseException) -> bool:
+    """Whether our own code raised the error, and not a library that it called: the traceback ends in one of our files."""
+    name, at = "", error.__traceback__
+    while at is not None:
+        name, at = at.tb_frame.f_globals.get("__name__", ""), at.tb_next
+    return name.partition(".")[0] in ("finetune", "entrypoint", "__main__")
+
+
 class Refusal(Exception):
     """The run cannot go on, for a reason the user can remove. `problems` are whole sentences that name the remedy."""
 
