@@ -32,7 +32,7 @@ def of_machine(error: OSError) -> str | None:
     return f"{f'{error.filename}: ' if error.filename else ''}{os.strerror(error.errno or 0)}; {remedy}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a library's error says, short enough for a sentence of ours, and without the secrets in its URLs."""
     if "trust_remote_code" in str(error):  # the library advises to set it, but here nobody can or should
         return "it needs code of its own, which this program never runs; take a model that transformers knows"

@@ -303,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault.reset:  # closed with nothing lingering, TCP says RST
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if (self.fault.cut or self.fault.reset) and self.fault.after is None:
-            return
+            return None
         self.body = self.read_body()  # always: left unread, it would be taken for the next request
         if self.fault.stall:
             self.hub.over.wait(self.fault.stall)

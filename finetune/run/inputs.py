@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,11 @@ def missing(settings: Settings) -> Iterator[str]:
         yield problem
     yield from data.rows.missing(settings)
     yield from data.formats.template.missing(settings)
+
+
+def from_hub(settings: Settings) -> bool:
+    """Whether the Hub is asked for the model or the rows. A run that needs nothing of it does not ask whose HF_TOKEN is."""
+    return not os.path.isdir(Path(settings.model_name).expanduser()) or data.on_hub(settings.dataset_name)
 
 
 def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: Record | None 
     console.beat("starting")  # in a container that was started again, the last beat is that of the run before
     clock, output, visible = Clock(), Path(settings.output_dir), gpus.gpus(environ)
     print(*inputs.look(settings, visible, environ), sep="\n", flush=True)
-    sources.hub().login(settings, publishes=settings.push_to_hub)
+    if settings.push_to_hub or inputs.from_hub(settings):
+        sources.hub().login(settings, publishes=settings.push_to_hub)
     with folder.locked(output), refusals.memory_told():
         train_in(output, settings, environ, recorded, visible, clock)
     if settings.push_to_hub:

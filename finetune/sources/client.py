@@ -1,4 +1,4 @@
-"""The border to the Hugging Face Hub: the token, how long to wait, and sentences for whatever the client raises.
+"""The border to the Hugging Face Hub: the token, and sentences for whatever the client raises.
 
 All that is raised behind `talk` is the Hub's, the network's or the machine's, unless the traceback ends in our own files.
 So no list of the client's errors has to be kept: only those are named here that have a better sentence.
@@ -6,88 +6,24 @@ So no list of the client's errors has to be kept: only those are named here that
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import TypeVar
 
 import httpx
-from huggingface_hub import constants, errors, set_client_factory
-from huggingface_hub.utils._http import hf_request_event_hook  # its own factory gives it this; HF_HUB_OFFLINE acts there
+from huggingface_hub import constants, errors
 
 from finetune.errors import HubError, MachineError, Refusal, SettingsError, first_line, of_machine, ours
 from finetune.settings import Settings
+from finetune.sources.session import LONGEST, NETWORK, PASSING, GaveUp, Unreached
 
 T = TypeVar("T")
-
-# seconds: for a connection, for an answer, until silence is told, and that a busy Hub may ask to wait
-CONNECT, ANSWER, QUIET, LONGEST = 10.0, 60.0, 8.0, 60
 PAUSES = (2.0,)  # seconds before each repetition of a call
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes of a Hub that is busy, or broken for a while
-NETWORK = "Check the network, the proxy or HF_ENDPOINT (the address of a mirror, where the Hub cannot be reached)"
-
-
-class GaveUp(httpx.TransportError):
-    """A request has failed twice, or has waited in vain. The client does not know this error, so it does not go on to repeat it in silence."""
-
-
-class Unreached(HubError):
-    """There is no way to the Hub, or it gave no answer."""
 
 
 def token(settings: Settings) -> str | bool:
     """The token for one call; False keeps the client from looking for a saved one that the user did not name."""
     return settings.hf_token.reveal() if settings.hf_token else False
-
-
-class Session(httpx.Client):
-    """The client's session, with the time-outs that it lacks: some of its calls would wait for ever, others six times over."""
-
-    failed: ClassVar[set[tuple[str, str]]] = set()  # the requests that failed the last time; the client may close a session
-
-    def send(self, request: httpx.Request, **kwargs: Any) -> httpx.Response:
-        given = request.extensions.get("timeout") or {}
-        patience = given.get("read") or max(ANSWER, constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        limits = dict(connect=CONNECT, read=patience, write=patience, pool=patience)
-        request.extensions["timeout"] = {name: given.get(name) or limit for name, limit in limits.items()}
-        call, host = (request.method, str(request.url)), request.url.host
-        told = threading.Timer(QUIET, lambda: print(f"Hub: {host} does not answer; waiting up to {patience:g} s", flush=True))
-        told.daemon = True
-        if request.method != "PUT":  # which sends whole files
-            told.start()
-        try:
-            response = super().send(request, **kwargs)
-        except httpx.TransportError as error:
-            late = isinstance(error, httpx.TimeoutException)
-            # a download that is late may be in the cache, so the client hears of it
-            if call not in self.failed and not (late and request.method not in ("GET", "HEAD")):
-                self.failed.add(call)
-                raise
-            self.failed.discard(call)
-            raise GaveUp(f"no answer in {patience:g} s" if late else first_line(error), request=request) from error
-        finally:
-            told.cancel()
-        self.failed.discard(call)
-        if response.status_code in PASSING:
-            wait = response.headers.get("retry-after", "")
-            print(f"Hub: {host} is busy or broken (HTTP {response.status_code})", flush=True)
-            if wait.isdecimal() and int(wait) > LONGEST:
-                response.close()
-                raise HubError(f"the Hub is busy (HTTP {response.status_code}) and asks to wait {wait} s; try again after that")
-        page = response.headers.get("content-type", "").startswith("text/html")
-        if page and response.is_success and not request.url.path.endswith((".html", ".htm")):
-            response.close()
-            raise Unreached(
-                f"{host} answers with a web page in place of data, as networks with a log-in and some proxies do. Open it in "
-                f"a browser, and log in to the network. {NETWORK}."
-            )
-        return response
-
-
-set_client_factory(
-    lambda: Session(event_hooks={"request": [hf_request_event_hook]}, follow_redirects=True, timeout=None)
-)
 
 
 def talk(
@@ -137,10 +73,12 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
 
 
-def _status(error: BaseException) -> int | None:
-    """The status of the Hub's answer, where that was the fault."""
-    codes = (getattr(getattr(part, "response", None), "status_code", None) for part in chain(error))
-    return next((code for code in codes if code is not None), None)
+def _answer(error: BaseException) -> tuple[httpx.Response, str] | None:
+    """The Hub's answer, where that was the fault, and what it says."""
+    for part in chain(error):
+        if isinstance(response := getattr(part, "response", None), httpx.Response):
+            return response, getattr(part, "server_message", None) or first_line(part)
+    return None
 
 
 def _is_network(error: BaseException) -> bool:
@@ -152,8 +90,8 @@ def _is_network(error: BaseException) -> bool:
 
 def _passing(error: BaseException) -> str | None:
     """What to call a fault that may pass; None: it will not, or it has taken its time already."""
-    if (status := _status(error)) is not None:
-        return f"HTTP {status}" if status in PASSING else None
+    if answer := _answer(error):
+        return f"HTTP {answer[0].status_code}" if answer[0].status_code in PASSING else None
     broken = [part for part in chain(error) if _is_network(part)]
     late = any(isinstance(part, GaveUp | httpx.TimeoutException | httpx.ConnectError) for part in broken)
     return "the connection broke off" if broken and not late else None
@@ -161,67 +99,76 @@ def _passing(error: BaseException) -> str | None:
 
 def _wait(error: BaseException) -> float:
     """The seconds that the Hub asks to wait; 0: it does not."""
-    responses = (getattr(part, "response", None) for part in chain(error))
-    wait = next((r.headers.get("retry-after", "") for r in responses if r is not None), "")
+    answer = _answer(error)
+    wait = answer[0].headers.get("retry-after", "") if answer else ""
     return min(float(wait), LONGEST) if wait.isdecimal() else 0
 
 
 def _explained(error: Exception, variable: str, name: str, revision: str) -> Refusal | None:
     """The refusal for what the client raised; None: nothing in it tells what it is."""
-    shown = f"{variable}={name}"
-    for part in chain(error):
-        if isinstance(part, Refusal):  # of a thread of the client's, which wrapped it
-            return type(part)(*(_about(variable, name, problem) for problem in part.problems))
-        if isinstance(part, errors.GatedRepoError):
-            return HubError(
-                f"{shown}: access must be asked for on the repository's page, and HF_TOKEN must belong to the account that "
-                "got it"
-            )
-        if isinstance(part, errors.RepositoryNotFoundError):
-            example = {"MODEL_NAME": Settings.model_name, "DATASET_NAME": Settings.dataset_name}.get(variable)
-            return SettingsError(
-                f"{shown}: the Hub has no such repository, or it is private and HF_TOKEN has no access to it"
-                + (f"; for example {example}" if example else "")
-            )
-        if isinstance(part, errors.RevisionNotFoundError):
-            return SettingsError(
-                f"{variable.replace('_NAME', '_REVISION')}={revision}: {name} has no such branch, tag or commit, for "
-                "example main"
-            )
-        if isinstance(part, errors.HFValidationError):
-            return SettingsError(
-                f"{shown}: not a repository name; it takes owner/name, or the path of a folder that exists"
-            )
-        if isinstance(part, OSError) and not _is_network(part) and (problem := of_machine(part)):
-            return MachineError(f"{shown}: {problem} (HF_HOME names the place of downloads)")
-    if (status := _status(error)) is not None:
-        return HubError(_answered(status, error, variable, shown))
-    if any(isinstance(part, errors.OfflineModeIsEnabled) for part in chain(error)):
+    shown, parts = f"{variable}={name}", list(chain(error))
+    if found := next(filter(None, (_of_its_kind(part, variable, name, revision) for part in parts)), None):
+        return found
+    if answer := _answer(error):
+        return HubError(_answered(answer[0].status_code, answer[1], variable, shown))
+    if any(isinstance(part, errors.OfflineModeIsEnabled) for part in parts):
         return HubError(
             f"{shown}: HF_HUB_OFFLINE is set, and it is not in the cache. Unset HF_HUB_OFFLINE, or give a local path."
         )
-    if broken := next((part for part in chain(error) if _is_network(part)), None):
+    if broken := next(filter(_is_network, parts), None):
+        why = "no answer in time" if isinstance(broken, httpx.TimeoutException | TimeoutError) else first_line(broken)
         return Unreached(
-            f"{shown}: the Hub cannot be reached ({first_line(broken)}). {NETWORK}. If all that is needed is in the cache, "
+            f"{shown}: the Hub cannot be reached ({why}). {NETWORK}. If all that is needed is in the cache, "
             "HF_HUB_OFFLINE=1 asks nobody."
         )
     return None
 
 
-def _answered(status: int, error: Exception, variable: str, shown: str) -> str:
+def _of_its_kind(part: BaseException, variable: str, name: str, revision: str) -> Refusal | None:
+    """The refusal for an error of which the client, or the system, says what it is; None: another."""
+    shown = f"{variable}={name}"
+    if isinstance(part, Refusal):  # raised in a thread of the client's, which wrapped it
+        return type(part)(*(_about(variable, name, problem) for problem in part.problems))
+    if isinstance(part, errors.GatedRepoError):
+        return HubError(
+            f"{shown}: access must be asked for on the repository's page, and HF_TOKEN must belong to the account that "
+            "got it"
+        )
+    if isinstance(part, errors.RepositoryNotFoundError):
+        example = {"MODEL_NAME": Settings.model_name, "DATASET_NAME": Settings.dataset_name}.get(variable)
+        return SettingsError(
+            f"{shown}: the Hub has no such repository, or it is private and HF_TOKEN has no access to it"
+            + (f"; for example {example}" if example else "")
+        )
+    if isinstance(part, errors.RevisionNotFoundError):
+        return SettingsError(
+            f"{variable.replace('_NAME', '_REVISION')}={revision}: {name} has no such branch, tag or commit, for "
+            "example main"
+        )
+    if isinstance(part, errors.HFValidationError):
+        return SettingsError(
+            f"{shown}: not a repository name; it takes owner/name, or the path of a folder that exists"
+        )
+    if isinstance(part, OSError) and not _is_network(part) and (problem := of_machine(part)):
+        return MachineError(f"{shown}: {problem} (HF_HOME names the place of downloads)")
+    return None
+
+
+def _answered(status: int, said: str, variable: str, shown: str) -> str:
     """What an answer of the Hub means that is none of the client's own errors."""
     if status in (401, 403):
         if variable == "HF_TOKEN" and status == 401:
             return "HF_TOKEN: the Hub refuses this token; make a new one in its settings, Access Tokens"
         return f"{shown}: HF_TOKEN is not allowed to do this (HTTP {status}); use a token with the right to it"
-    said = f"{shown}: the Hub answered HTTP {status} ({first_line(error)})"
     meanings = {
         404: "; it does not have what was asked for",
         412: "; somebody else has changed the repository meanwhile. Look at it, and repeat the command",
         413: "; that is more than the Hub or the account takes. Make room in the account, or publish the adapter alone",
         507: "; the account's storage is full. Make room in it, or publish the adapter alone",
     }
-    return said + ("; try again later" if status in PASSING else meanings.get(status, "; it refuses this"))
+    return f"{shown}: the Hub answered HTTP {status} ({said})" + (
+        "; try again later" if status in PASSING else meanings.get(status, "; it refuses this")
+    )
 
 
 def _check_proxies() -> None:

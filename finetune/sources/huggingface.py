@@ -17,9 +17,10 @@ from finetune import files
 from finetune.errors import HubError, Refusal, SettingsError, first_line, without_password
 from finetune.settings import Settings
 from finetune.sources import blobs
-from finetune.sources.client import NETWORK, Unreached, talk, token
+from finetune.sources.client import talk, token
 from finetune.sources.model import Source
 from finetune.sources.quantised import quantised
+from finetune.sources.session import NETWORK, Unreached
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,7 +65,8 @@ class Cached(Source):
 def login(settings: Settings, publishes: bool) -> None:
     """Where there is a token, ask the Hub whose it is, and print name and rights. Nothing is written to disk.
 
-    Raises HubError where the token is refused, or may not write although this call `publishes`.
+    Raises HubError where the token is refused, or may not write although this call `publishes`. Where the Hub cannot be
+    reached and nothing is published, the run goes on: what it needs may be in the cache.
     """
     if settings.hf_token is None:
         return
@@ -74,7 +76,7 @@ def login(settings: Settings, publishes: bool) -> None:
                 "HF_HUB_OFFLINE=1: publishing needs the Hub; unset it, or train with PUSH_TO_HUB=0 and `push` later"
             )
         print("Hub: offline, the token is not checked", flush=True)
-        return
+        return None
     try:
         answer = talk("HF_TOKEN", "<SECRET>", HfApi(token=token(settings)).whoami)
     except Unreached as error:
@@ -142,7 +144,8 @@ def fetch(settings: Settings) -> Cached:
         raise SettingsError(problem)
     asked.update(revision=source.commit, ignore_patterns=EXCLUDED)  # so that all files are of the same commit
     for weights in (WEIGHTS, OLD_WEIGHTS):
-        talk("MODEL_NAME", name, lambda: snapshot_download(**asked, allow_patterns=[*weights, *TEXTS]), revision)
+        download = functools.partial(snapshot_download, **asked, allow_patterns=[*weights, *TEXTS])
+        talk("MODEL_NAME", name, download, revision)
         if any(source.folder.glob("*.safetensors")):
             break
     if not any(source.folder.glob("*.safetensors")) and not any(source.folder.glob("pytorch_model*.bin")):
@@ -156,9 +159,9 @@ def fetch(settings: Settings) -> Cached:
 
 def cached(name: str, commit: str) -> Cached | None:
     """The model's files at that commit, without the network; None: they are not in the cache."""
-    with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
-        found = snapshot_download(name, revision=commit, local_files_only=True, token=False)
-        return Cached(name, commit, Path(found))
+    look = functools.partial(snapshot_download, name, revision=commit, local_files_only=True, token=False)
+    with contextlib.suppress(HubError, SettingsError):
+        return Cached(name, commit, Path(talk("MODEL_NAME", name, look)))
     return None
 
 

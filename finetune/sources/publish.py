@@ -33,7 +33,7 @@ def publish(settings: Settings, output: Path) -> None:
             )
         with _goes_on(settings, output):
             create = functools.partial(api.create_repo, repository, private=settings.hub_private_repo, exist_ok=True)
-            full = talk(variable, repository, lambda: str(create().repo_id))
+            full = talk(variable, repository, create).repo_id
             print(f"Hub: publishing {folder} to {full}", flush=True)
             upload = functools.partial(api.upload_folder, repo_id=full, folder_path=output / folder)
             # it leaves out what is there already, so it can be repeated
