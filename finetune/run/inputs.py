@@ -12,6 +12,7 @@ from finetune.errors import HubError, MachineError, SettingsError
 from finetune.machine import permissions, preflight
 from finetune.machine.gpus import Gpu
 from finetune.run import folder
+from finetune.run.identity import MODEL_FILE, inputs
 from finetune.run.record import Record
 from finetune.settings import Settings
 from finetune.sources import local
@@ -20,8 +21,6 @@ from finetune.weights.parameters import parameters
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
-
-MODEL_FILE = "model file "
 
 
 def look(settings: Settings, visible: list[Gpu], environ: Mapping[str, str]) -> list[str]:
@@ -60,12 +59,12 @@ def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> 
 
     wanted: the run.json whose inputs these must be. Raises SettingsError that names each input that differs, and its setting.
     """
-    found = _flat(source.commit, source.digests, rows.sha256, tokens.sha256)
+    found = inputs(source.commit, source.digests, rows.sha256, tokens.sha256)
     dated = {"date": tokens.date} if tokens.date else {}
     if wanted is None:
         return found | dated
     model, dataset = wanted["model"], wanted["dataset"]
-    recorded = _flat(model["commit"], model["files"], dataset["sha256"], dataset["tokens_sha256"])
+    recorded = inputs(model["commit"], model["files"], dataset["sha256"], dataset["tokens_sha256"])
     recorded["commit"] = found["commit"]  # equal files are the same model, whatever holds them
     differ = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
     if differ:
@@ -73,10 +72,6 @@ def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> 
         named = [name for name in differ if name != "tokens"] or differ
         raise SettingsError(*(_sentence(name, recorded.get(name), found.get(name), source, rows) for name in named))
     return found | dated
-
-
-def _flat(commit: str | None, model: Mapping[str, str], rows: str, tokens: str) -> dict[str, Any]:
-    return {"commit": commit, **{MODEL_FILE + name: sha for name, sha in model.items()}, "rows": rows, "tokens": tokens}
 
 
 def _sentence(name: str, recorded: str | None, found: str | None, source: Source, rows: Rows) -> str:

@@ -14,6 +14,7 @@ from finetune.engines import refusals
 from finetune.engines.choose import choose
 from finetune.machine import gpus, memory, preflight
 from finetune.run import folder, inputs, provenance, report
+from finetune.run.identity import versions
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
 from finetune.sources import publish
@@ -80,7 +81,7 @@ def train_in(
         **settings.deciding(),
         **choice.deciding(),
         **inputs.check(source, rows, tokens, recorded),
-        **{f"version of {name}": version for name, version in provenance.versions().items()},
+        **versions(provenance.versions()),
     }
     if folder.begin(settings, output, identity):
         return print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)

@@ -69,7 +69,7 @@ def login(settings: Settings, publishes: bool) -> None:
     reached and nothing is published, the run goes on: what it needs may be in the cache.
     """
     if settings.hf_token is None:
-        return
+        return None
     if constants.is_offline_mode():
         if publishes:
             raise HubError(

@@ -29,6 +29,8 @@ def run(settings: Settings, environ: Mapping[str, str], question: str) -> None:
             f"OUTPUT_DIR={output}: neither adapter nor merged weights are there; train with SAVE_ADAPTER=1"
         )
     base = _base(record, settings, output) if there[0] == output / "adapter" else None
+    # a flipped bit would be answered from; the base has been hashed already
+    folder.verify(output, "adapter/" if base else "merged/")
     recorded = record["settings"]
     as_trained = settings.replaced(
         load_in_4bit=recorded["LOAD_IN_4BIT"],

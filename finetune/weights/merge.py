@@ -91,7 +91,7 @@ def _write_and_check(sums: Sums, shards: list[Shard], paths: list[Path]) -> None
             for block in {block.made: block for block in before}.values():
                 with open(block.made.path, "rb") as stream:
                     os.fdatasync(stream.fileno())
-                made_of(block.shard, block.made.path, sums.dtypes)
+                made_of(block.shard, block.made.path, sums.dtypes, whole=False)
             checks.append(pool.map(sums.check, before))
             list(writing)  # waits, and raises what a worker raised
             before = group
