@@ -10,7 +10,7 @@ from collections.abc import Sequence
 FULL = "make room, and the same command goes on from the last checkpoint"
 CLOSED = "it belongs to somebody else, or is mounted read-only; run as its owner, or open it (chmod -R a+rwX)"
 FILES = "raise the limit, for example ulimit -n 4096"
-# what a machine may refuse to any program that opens or writes a file, and the remedy
+LONG = "names have at most 255 bytes, paths 4095; give a shorter one"
 REMEDIES = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
@@ -20,16 +20,29 @@ REMEDIES = {
     errno.EROFS: CLOSED,
     errno.EMFILE: FILES,
     errno.ENFILE: FILES,
+    errno.ENAMETOOLONG: LONG,
+    errno.ENOMEM: "end other programs, or raise the limit (ulimit -v, docker run --memory)",
+    errno.EAGAIN: "end other programs, or raise the limit (ulimit -u, docker run --pids-limit)",
+    errno.EIO: "the disk may be failing; look at the system's log (dmesg), and use another one",
+    errno.ESTALE: "the network disk was mounted anew; start again",
 }
+# what a program gets wrong by itself: a file that is not there, or is another thing than it thought
+MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, ChildProcessError)
 
 
 def of_machine(error: OSError) -> str | None:
-    """The sentence for what the machine refused; None: another error, which is a bug."""
-    if (remedy := REMEDIES.get(error.errno or 0)) is None:
+    """The sentence for what the machine refused; None: another error, which is a bug.
+
+    Whatever the system refuses is the machine's, but for the mistakes that a program makes by itself. Libraries also raise
+    OSError with a text of their own and no number; they say nothing of the machine.
+    """
+    number = error.errno
+    if number is None or number in (errno.EBADF, errno.EINVAL) or isinstance(error, MISTAKES):
         return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    remedy = REMEDIES.get(number, "the system refused it; put it right, and start again with the same settings")
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{f' for {error.filename}' if error.filename else ''}; {remedy}"
-    return f"{f'{error.filename}: ' if error.filename else ''}{os.strerror(error.errno or 0)}; {remedy}"
+    return f"{f'{error.filename}: ' if error.filename else ''}{os.strerror(number)}; {remedy}"
 
 
 def first_line(error: BaseException) -> str:
