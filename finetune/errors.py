@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
+import signal
 from collections.abc import Sequence
 
 FULL = "make room, and the same command goes on from the last checkpoint"
@@ -27,22 +29,49 @@ REMEDIES = {
     errno.ESTALE: "the network disk was mounted anew; start again",
 }
 # what a program gets wrong by itself: a file that is not there, or is another thing than it thought
-MISTAKES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, ChildProcessError)
+MISTAKES = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EBADF, errno.EINVAL, errno.ECHILD)
 
 
-def of_machine(error: OSError) -> str | None:
+def of_machine(error: BaseException) -> str | None:
     """The sentence for what the machine refused; None: another error, which is a bug.
 
     Whatever the system refuses is the machine's, but for the mistakes that a program makes by itself. Libraries also raise
-    OSError with a text of their own and no number; they say nothing of the machine.
+    OSError with a text of their own and no number; they say nothing of the machine. Those written in Rust (safetensors,
+    tokenizers) raise errors of their own, with the system's number in the text.
     """
-    number = error.errno
-    if number is None or number in (errno.EBADF, errno.EINVAL) or isinstance(error, MISTAKES):
+    if isinstance(error, MemoryError):
+        return f"out of memory; {REMEDIES[errno.ENOMEM]}"
+    number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number is None or number in MISTAKES:
         return None
     remedy = REMEDIES.get(number, "the system refused it; put it right, and start again with the same settings")
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{f' for {error.filename}' if error.filename else ''}; {remedy}"
-    return f"{f'{error.filename}: ' if error.filename else ''}{os.strerror(number)}; {remedy}"
+        return f"the disk is full{f' for {file}' if file else ''}; {remedy}"
+    return f"{f'{file}: ' if file else ''}{os.strerror(number)}; {remedy}"
+
+
+def told(error: BaseException) -> tuple[int, Sequence[str]] | None:
+    """Exit code and sentences for whatever ended the program, by what it is; None: a bug."""
+    if isinstance(error, Refusal):
+        return error.code, error.problems
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, ["interrupted"]
+    if isinstance(error, BrokenPipeError):  # the reader of our lines is gone (| head)
+        return 128 + signal.SIGPIPE, ["whatever read the output has closed it, and the run has ended with it"]
+    if problem := of_machine(error):
+        too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        return SettingsError.code if too_long else MachineError.code, [problem]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and not isinstance(
+        error, MISTAKES
+    ):  # a library says anything when it gets no memory
+        problem = (
+            f"the address space is limited to {limit / 2**30:.1f} GiB (ulimit -v), and a library did not start or go on"
+        )
+        return MachineError.code, [f"{problem} ({type(error).__name__}: {first_line(error)}); remove the limit"]
+    return None
 
 
 def first_line(error: BaseException) -> str:

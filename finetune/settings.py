@@ -338,6 +338,11 @@ class Settings:
         """A copy with other values."""
         return dataclasses.replace(self, **values)
 
+    def secrets(self) -> list[str]:
+        """The secrets themselves, for whoever has to keep them out of a text."""
+        found = (getattr(self, d.field) for d in declarations() if d.secret)
+        return [value.reveal() for value in found if value is not None]
+
     def record(self) -> dict[str, Any]:
         """The settings as JSON values under their names, secrets left out."""
         found = {d.name: getattr(self, d.field) for d in declarations() if not d.secret}

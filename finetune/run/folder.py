@@ -96,14 +96,15 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
 def _identity(output: Path) -> dict[str, Any]:
     """That of the run in `output`; of a complete one whose checkpoints were removed, as its record has it."""
     place = output / IDENTITY
-    if not place.is_file():
-        return identities.of(records.read(output / "run.json", OutputError))
+    way_out = "give another OUTPUT_DIR, or OVERWRITE=1 to replace the run in this one"
     try:
+        if not place.is_file():
+            return identities.of(records.read(output / "run.json", OutputError))
         return dict(json.loads(place.read_bytes()))
+    except OutputError as error:
+        raise OutputError(*error.problems, f"OUTPUT_DIR={output}: {way_out}") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise OutputError(
-            f"{place}: cannot be read ({error}); give another OUTPUT_DIR, or OVERWRITE=1 to replace the run in this one"
-        ) from None
+        raise OutputError(f"{place}: cannot be read ({error}); {way_out}") from None
 
 
 def day(settings: Settings, output: Path, recorded: Mapping[str, Any] | None) -> datetime.date:
