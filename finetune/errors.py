@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 FULL = "make room, and the same command goes on from the last checkpoint"
 CLOSED = "it belongs to somebody else, or is mounted read-only; run as its owner, or open it (chmod -R a+rwX)"
@@ -65,12 +65,11 @@ def told(error: BaseException) -> tuple[int, Sequence[str]] | None:
         return SettingsError.code if too_long else MachineError.code, [problem]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and not isinstance(
-        error, MISTAKES
-    ):  # a library says anything when it gets no memory
-        problem = (
-            f"the address space is limited to {limit / 2**30:.1f} GiB (ulimit -v), and a library did not start or go on"
-        )
-        return MachineError.code, [f"{problem} ({type(error).__name__}: {first_line(error)}); remove the limit"]
+        error, OSError
+    ):  # a library that gets no memory says anything
+        *_, cause = chain(error)
+        limited = f"the address space is limited to {limit / 2**30:.1f} GiB (ulimit -v)"
+        return MachineError.code, [f"{limited}, and a library did not go on ({first_line(cause)}); remove the limit"]
     return None
 
 
@@ -92,6 +91,14 @@ def ours(error: BaseException) -> bool:
     while at is not None:
         name, at = at.tb_frame.f_globals.get("__name__", ""), at.tb_next
     return name.partition(".")[0] in ("finetune", "entrypoint", "__main__")
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised for: libraries wrap what happened into what they wanted."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
 
 
 class Refusal(Exception):

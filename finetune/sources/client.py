@@ -7,13 +7,13 @@ So no list of the client's errors has to be kept: only those are named here that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import httpx
 from huggingface_hub import constants, errors
 
-from finetune.errors import HubError, MachineError, Refusal, SettingsError, first_line, of_machine, ours
+from finetune.errors import HubError, MachineError, Refusal, SettingsError, chain, first_line, of_machine, ours
 from finetune.settings import Settings
 from finetune.sources.session import LONGEST, NETWORK, PASSING, GaveUp, Unreached
 
@@ -63,14 +63,6 @@ def talk(
 def _about(variable: str, name: str, problem: str) -> str:
     """A sentence of ours from within the client, with the variable that it is about."""
     return problem if problem.startswith(variable) else f"{variable}={name}: {problem}"
-
-
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised for: libraries wrap what happened into what they wanted."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
 
 
 def _answer(error: BaseException) -> tuple[httpx.Response, str] | None:
