@@ -41,7 +41,7 @@ def of_machine(error: BaseException) -> str | None:
     """
     if isinstance(error, MemoryError):
         return f"out of memory; {REMEDIES[errno.ENOMEM]}"
-    number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    number, file = (error.errno, error.filename2 or error.filename) if isinstance(error, OSError) else (None, None)
     if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(found[1])
     if number is None or number in MISTAKES:

@@ -148,7 +148,7 @@ def test_a_stall_of_an_upload(hub: HubServer, answer: Answer, finished: Path, re
 
 
 @pytest.mark.parametrize("request_", [WHOAMI, *UPLOAD])
-@pytest.mark.parametrize("body", ["portal", b"{}", b"[]", b'{"x": '])
+@pytest.mark.parametrize("body", ["portal", b"[]", b'{"x": '])
 def test_an_upload_is_answered_with_something_else(
     hub: HubServer, answer: Answer, finished: Path, request_: str, body: str | bytes
 ) -> None:
@@ -209,6 +209,23 @@ def test_a_download_that_is_cut_goes_on(hub: HubServer, answer: Answer, tmp_path
         for name, data in hub.files("model", "org/tiny").items()
         if name in found.digests
     }
+
+
+def test_a_dataset_that_is_disturbed(
+    hub: HubServer, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the commit, at the list of files, at the rows: with the real `datasets`."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    rows = dict(DATASET_NAME="org/rows", DATASET_CONFIG="", DATASET_SPLIT="train")
+    for request_ in ("api/datasets/org/rows/revision", "datasets/org/rows/(tree|paths-info)", "GET .*rows.jsonl"):
+        for what in (dict(status=503), dict(status=403), dict(reset=True), PORTAL, dict(body=b"[")):
+            hub.faults.clear()
+            hub.fault(request_, times=60, **what)
+            code, said = fetch(answer, tmp_path, **rows)
+            assert code in (2, 4) and "DATASET_NAME=org/rows" in said, (request_, what, said)
 
 
 def test_a_flipped_bit_of_a_download(hub: HubServer, answer: Answer, tmp_path: Path) -> None:

@@ -29,11 +29,9 @@ def call(
     return done.returncode, said
 
 
-@pytest.mark.parametrize(
-    "variable", [dict(PYTHONOPTIMIZE="2"), dict(PYTHONSAFEPATH="1")], ids=lambda values: next(iter(values))
-)
-def test_variables_of_python(llama: Path, tmp_path: Path, variable: dict[str, str]) -> None:
-    code, said = call(**{**QUICK, "MODEL_NAME": llama, "OUTPUT_DIR": tmp_path / "out", "MAX_STEPS": 1, **variable})
+def test_variables_of_python(llama: Path, tmp_path: Path) -> None:
+    odd = dict(PYTHONOPTIMIZE="2", PYTHONSAFEPATH="1")
+    code, said = call(**{**QUICK, "MODEL_NAME": llama, "OUTPUT_DIR": tmp_path / "out", "MAX_STEPS": 1, **odd})
     assert code == 0 and "verified" in said, said
 
 
@@ -95,15 +93,13 @@ def test_control_characters_of_a_value_do_not_reach_the_terminal(tmp_path: Path)
     assert "\x1b" not in said, said
 
 
-@pytest.mark.parametrize("gib", [0.25, 1.5, 4])
-def test_a_limit_of_the_address_space(gib: float, llama: Path, tmp_path: Path) -> None:
-    size = int(gib * 2**30)
+def test_a_limit_of_the_address_space(llama: Path, tmp_path: Path) -> None:
+    size = 3 * 2**29
     code, said = call(
         before=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)),
         **{**QUICK, "MODEL_NAME": llama, "OUTPUT_DIR": tmp_path / "out", "MAX_STEPS": 1},
     )
-    assert code in (0, 3), said
-    assert code == 0 or "ulimit -v" in said, said
+    assert code == 3 and "ulimit -v" in said, said
 
 
 def test_a_bug_is_told_as_one_and_no_secret_is_in_its_traceback(
@@ -129,15 +125,11 @@ def test_a_bug_is_told_as_one_and_no_secret_is_in_its_traceback(
     assert "hf_topsecret" not in said and "opensesame" not in said and "<SECRET>" in said
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://[::bad"])
-def test_wandb_without_a_network(llama: Path, tmp_path: Path, address: str) -> None:
+def test_wandb_without_a_network(llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     code, said = call(
         **{**QUICK, "MODEL_NAME": llama, "OUTPUT_DIR": tmp_path / "out", "MAX_STEPS": 1, "REPORT_TO": "wandb"},
-        WANDB_API_KEY="a" * 40, WANDB_BASE_URL=address, NO_PROXY="*",
+        WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9", NO_PROXY="*",
     )  # fmt: skip
+    assert code == 0 and "cannot be reached" in said and "wandb sync" in said, said
     assert "a" * 40 not in said
-    if address.endswith("9"):
-        assert code == 0 and "cannot be reached" in said and "wandb sync" in said, said
-    else:
-        assert code in (0, 2), said
