@@ -18,7 +18,7 @@ from trl import SFTConfig
 from finetune import console, patches
 from finetune.engines.precision import compute_dtype
 from finetune.settings import Settings
-from finetune.training import checkpoints, plan
+from finetune.training import checkpoints, plan, tracking
 from finetune.training.batches import MicroBatches, Padded, Recipes
 from finetune.training.evaluate import Course, Evaluation, Points, ended_early
 from finetune.training.order import Order
@@ -82,6 +82,7 @@ def fit(
     Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Diverged where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
     """
+    tracking.begin(settings)
     arguments, stop, resume = _arguments(settings, folder), Stop(), checkpoints.newest(folder)
     followed = recorded
     metrics: list[dict[str, float]] = []
