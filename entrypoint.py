@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetune import __version__, console, environment
 from finetune.errors import Refusal, of_machine
+from finetune.machine import launcher, limits, signals
 from finetune.settings import Settings
 from finetune.verbs import table
 
@@ -25,7 +26,7 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
         return 0
     if verb not in table.VERBS:
         return execute(argv, environ)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signals.listen()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letters is no reason to stop
@@ -52,6 +53,7 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
 def settle(call: table.Call, environ: Mapping[str, str]) -> Settings:
     """The settings of a call. The libraries are told of theirs in the process's environment."""
     layered, line = environment.layered(environment.dotenv(Path(".env")), environ), call.line
+    layered = launcher.alone(layered, os.environ)
     if call.verb.source == "record":
         from finetune.run import restore  # imports pydantic: not for `--help`
 
@@ -59,7 +61,7 @@ def settle(call: table.Call, environ: Mapping[str, str]) -> Settings:
         for name in environment.NUMERIC:
             os.environ.pop(name, None)
     settings = Settings.from_env(layered, line, publishes=call.verb.publishes)
-    os.environ.update(environment.variables(settings, layered))
+    os.environ.update(environment.variables(settings, layered, limits.cpus()))
     console.hush()
     console.beat_in(Path(os.environ.get("FINETUNE_STATE_DIR") or "/tmp/finetune"), settings.health_timeout)
     return settings

@@ -80,12 +80,15 @@ def layered(file: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, st
     return {**file, **{name: value for name, value in environ.items() if value or name == "CUDA_VISIBLE_DEVICES"}}
 
 
-def variables(settings: Settings, layered: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the process's environment. What the user set stays as it is."""
+def variables(settings: Settings, layered: Mapping[str, str], cpus: int | None = None) -> dict[str, str]:
+    """What to add to the process's environment. What the user set stays as it is. cpus: how many may compute; None: all."""
     ours = {d.name for d in declarations()}
     wanted = {name: value for name, value in layered.items() if name not in ours}
     output = Path(settings.output_dir).absolute()
     defaults = dict(ALWAYS, TENSORBOARD_LOGGING_DIR=str(output / "tensorboard"), WANDB_DIR=str(output))
+    if cpus is not None:  # torch would start a thread for each core, and they would take the quota from each other
+        defaults["OMP_NUM_THREADS"] = str(cpus)
+        defaults["TORCHINDUCTOR_COMPILE_THREADS"] = str(min(cpus, int(ALWAYS["TORCHINDUCTOR_COMPILE_THREADS"])))
     if settings.wandb_api_key:
         defaults["WANDB_API_KEY"] = settings.wandb_api_key.reveal()
     elif settings.report_to == "wandb":

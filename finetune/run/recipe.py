@@ -13,7 +13,7 @@ from finetune import console, data, sources
 from finetune.engines import refusals
 from finetune.engines.choose import choose
 from finetune.machine import cuda, gpus, memory, preflight
-from finetune.run import folder, inputs, provenance, report
+from finetune.run import folder, inputs, last, provenance, report
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
 from finetune.sources import publish
@@ -39,7 +39,7 @@ def run(settings: Settings, environ: Mapping[str, str], recorded: Record | None 
     clock, output, visible = Clock(), Path(settings.output_dir), cuda.visible(environ)
     print(*inputs.look(settings, visible, environ), sep="\n", flush=True)
     sources.hub().login(settings, publishes=settings.push_to_hub)
-    with folder.locked(output), refusals.memory_told():
+    with folder.locked(output), last.noted(output), refusals.memory_told():
         train_in(output, settings, environ, recorded, visible, clock)
     if settings.push_to_hub:
         folder.verify(output)

@@ -83,20 +83,21 @@ EXIT_CODES = {
     "4": "the Hub",
     "5": "a damaged or foreign output folder",
     "1": "a bug, training that diverged, or not reproduced",
-    "143 and 130": "stopped by SIGTERM or SIGINT, during training with a checkpoint on disk",
+    "143, 130 and 129": "stopped by SIGTERM, SIGINT or SIGHUP, during training with a checkpoint on disk",
+    "137": "killed, most often because the host's memory ran out",
 }
 
 
 def usage() -> str:
     """The text of `--help`."""
     lines = [f"  {verb.typed:18}  {verb.help}" for verb in VERBS.values()]
-    codes = [f"  {code:11}  {meaning}" for code, meaning in EXIT_CODES.items()]
+    codes = [f"  {code:16}  {meaning}" for code, meaning in EXIT_CODES.items()]
     return "\n".join(
         [
             "usage: entrypoint.py [VERB] [NAME=value ...]",
             "",
             *lines,
-            "  anything else       is run as a command: docker run IMAGE bash",
+            "  anything else       is run as a command: docker run IMAGE bash (of the name of a verb: /usr/bin/env)",
             "",
             "Settings come from NAME=value here, then the environment, then .env, then the defaults; empty means unset.",
             "`reproduce` takes them from the record and from NAME=value here alone.",

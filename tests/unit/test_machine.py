@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fake_machine import H100, driver, root, smi
-from finetune import files
-from finetune.errors import MachineError
-from finetune.machine import container, cuda, limits, memory, preflight
+from finetune import environment, files
+from finetune.errors import MachineError, SettingsError
+from finetune.machine import container, cuda, launcher, limits, memory, preflight
 from finetune.machine.gpus import gpus
 from finetune.settings import Settings
 from finetune.verbs import lock_inputs
@@ -190,3 +190,41 @@ def test_a_folder_from_which_no_program_is_loaded_is_known(tmp_path: Path, monke
             preflight.check(settings, gpus(environ), environ, None)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "texts"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "nowhere"}, ["WORLD_SIZE=2", "one replica"]),
+        ({"RANK": "16"}, ["RANK=16", "LORA_R=16"]),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, ["OMPI_COMM_WORLD_SIZE=4", "OMPI_COMM_WORLD_RANK=3"]),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, ["PET_NNODES=2"]),
+    ],
+)  # fmt: skip
+def test_one_of_several_processes_is_refused(variables: dict[str, str], texts: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        launcher.alone(variables, {})
+    assert all(text in str(caught.value) for text in texts) and len(caught.value.problems) <= 2
+
+
+def test_a_launcher_of_one_process_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """accelerate would wait for MASTER_ADDR, take another device, or compute in a precision that no record holds."""
+    odd = dict(
+        WORLD_SIZE="1", RANK="0", LOCAL_RANK="zero", MASTER_ADDR="nowhere", ACCELERATE_MIXED_PRECISION="fp8", FSDP_OFFLOAD_PARAMS="1",
+        PET_NPROC_PER_NODE="auto", SM_FRAMEWORK_PARAMS="no json", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="x",
+    )  # fmt: skip
+    process = {**odd, "PATH": "/bin"}
+    assert launcher.alone({**odd, "MAX_STEPS": "3", "HF_HOME": "/cache"}, process) == {
+        "MAX_STEPS": "3",
+        "HF_HOME": "/cache",
+    }
+    assert process == {"PATH": "/bin"} and ", ".join(sorted(odd)) in capsys.readouterr().out
+
+
+def test_threads_follow_the_quota_unless_they_are_given() -> None:
+    settings = Settings.from_env({})
+    assert "OMP_NUM_THREADS" not in environment.variables(settings, {"HOME": "/tmp"})
+    limited = environment.variables(settings, {"HOME": "/tmp"}, 1)
+    assert limited["OMP_NUM_THREADS"] == limited["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    # as `reproduce` gives it: the record's number decides how sums are split
+    assert environment.variables(settings, {"HOME": "/tmp", "OMP_NUM_THREADS": "4"}, 1)["OMP_NUM_THREADS"] == "4"
