@@ -72,9 +72,8 @@ def execute(argv: list[str], environ: Mapping[str, str]) -> int:
     try:
         os.execvpe(argv[0], argv, dict(environ))
     except (OSError, ValueError) as error:  # ValueError: an empty word, as a variable without a value gives it
-        verbs = ", ".join(table.VERBS)
         why = error.strerror if isinstance(error, OSError) else "an empty word"
-        print(f"error: {argv[0]}: neither a verb ({verbs}) nor a command ({why})", file=sys.stderr)
+        print(f"error: {argv[0]}: neither a verb nor a command ({why}); {table.meant(argv[0])}", file=sys.stderr)
         return 127 if isinstance(error, (FileNotFoundError, ValueError)) else 126
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finetune import files
+from finetune.environment import COMPILED
 from finetune.errors import MachineError, SettingsError
 from finetune.machine import container, cuda, disk, limits, memory
 from finetune.machine.gpus import Gpu, cuda_version, number
@@ -20,7 +21,6 @@ DRIVERS = {13: 580, 12: 525}
 OLDEST_CAPABILITY = (7, 5)  # the torch wheels hold kernels for sm_75 to sm_120
 # Processes and threads of a run: 10 were seen on two CPUs. Some pools grow with the CPUs; CUDA and the compiler bring their own.
 TASKS, TASKS_OF_A_CPU, TASKS_WITH_GPU = 12, 2, 16
-COMPILED = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
 def check(

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Literal
 
 from finetune.errors import SettingsError
+from finetune.settings import declarations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,19 @@ def parse(argv: list[str]) -> Call:
         )
     line = dict(given.split("=", 1) for given in words)
     return Call(verb, word, {verb.setting: word, **line} if verb.setting and word else line)
+
+
+def meant(word: str) -> str:
+    """What was probably meant by a word that is no verb."""
+    import difflib  # takes some milliseconds, and only a mistake needs it
+
+    if word.upper() in (names := {d.name for d in declarations()}):
+        return f"a setting is given with its value, for example {word.upper()}=…"
+    if near := difflib.get_close_matches(word.lower(), VERBS, 1, 0.6):
+        return f"did you mean {near[0]}?"
+    if near := difflib.get_close_matches(word.upper(), names, 1, 0.75):
+        return f"did you mean the setting {near[0]}=…?"
+    return f"the verbs are {', '.join(VERBS)}"
 
 
 def _is_setting(word: str) -> bool:

@@ -154,6 +154,8 @@ def test_check(image: Image, models: Path, open_folder: Path) -> None:
 @pytest.mark.parametrize(("command", "code", "text"), [
     (("bash", "-c", "echo $0 $HOME"), 0, "bash /cache"),
     (("python", "-c", "print(6 * 7)"), 0, "42"),
+    (("bash", "-lc", "command -v python"), 0, "/opt/venv/bin/python"),
+    (("trian",), 127, "did you mean train?"),
     (("--help",), 0, "usage:"),
     (("no-such-verb",), 127, "neither a verb"),
     (("train", "MAX_STEP=3"), 2, "did you mean MAX_STEPS"),

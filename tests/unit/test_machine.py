@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -177,7 +178,9 @@ def test_too_little_memory_and_too_few_processes_are_refused_with_the_number(
     assert "DATASET_NUM_PROC=1 (then 0.7 GiB)" in many
 
 
-def test_a_folder_from_which_no_program_is_loaded_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_from_which_no_program_is_loaded_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert files.runs_programs(tmp_path / "absent")
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", str(tmp_path)], capture_output=True).returncode:
         pytest.skip("only root may mount")
@@ -188,6 +191,9 @@ def test_a_folder_from_which_no_program_is_loaded_is_known(tmp_path: Path, monke
         monkeypatch.setattr(cuda, "problems", lambda *_: [])
         with pytest.raises(MachineError, match=r"TRITON_CACHE_DIR=.*noexec.*--tmpfs /tmp:exec"):
             preflight.check(settings, gpus(environ), environ, None)
+        made = environment.variables(settings, environ)  # so the run itself takes another place
+        assert made["TRITON_CACHE_DIR"].startswith(f"{tempfile.gettempdir()}/finetune-cache-")
+        assert "TRITON_CACHE_DIR hold no programs (mounted noexec)" in capsys.readouterr().out
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
