@@ -25,6 +25,12 @@ def peak_gib() -> float:
     return int(found[1]) / 2**20 if found else 0.0
 
 
+def available_gib() -> float:
+    """GiB of the host's memory that this container, job or machine may use."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(limits.memory() or machine, machine) / 2**30
+
+
 def forecast_gib(settings: Settings, count: int | None, gpu: bool) -> float:
     """The least of the host's memory that a run takes. count: the model's parameters, None: unknown."""
     weights = 0 if gpu else (2 if settings.dtype in ("bfloat16", "float16") else 4) * (count or 0)
@@ -34,8 +40,7 @@ def forecast_gib(settings: Settings, count: int | None, gpu: bool) -> float:
 def too_small(settings: Settings, count: int | None, gpu: bool) -> Iterator[str]:
     """The sentence for a limit below the forecast: the system kills what exceeds it, without a word."""
     limit = limits.memory()
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    have = min(limit or machine, machine) / 2**30
+    have = available_gib()
     if have >= (needed := forecast_gib(settings, count, gpu)):
         return
     enough = max(2, round(1.5 * needed + 0.5))

@@ -35,11 +35,11 @@ def check(
     problems = [
         *missing,
         *damaged,
-        *_gpu(settings, visible, count, environ),
+        *gpu_problems(settings, visible, count, environ),
         *cuda.problems(visible, environ),
-        *_compiler(visible, environ),
+        *compiler(visible, environ),
         *memory.too_small(settings, count, bool(visible)),
-        *_tasks(bool(visible)),
+        *tasks(bool(visible)),
         *disk.unwritable(settings, environ),
         *disk.too_small(settings, environ, count),
     ]
@@ -61,7 +61,7 @@ def check(
     return lines
 
 
-def _tasks(gpu: bool) -> Iterator[str]:
+def tasks(gpu: bool) -> Iterator[str]:
     """The sentence for a limit of processes that a run would meet: it would end with a thread that cannot be started."""
     left = limits.pids()
     needed = TASKS + TASKS_OF_A_CPU * (os.cpu_count() or 1) + TASKS_WITH_GPU * gpu
@@ -72,7 +72,9 @@ def _tasks(gpu: bool) -> Iterator[str]:
         )
 
 
-def _gpu(settings: Settings, visible: list[Gpu], count: int | None, environ: Mapping[str, str]) -> Iterator[str]:
+def gpu_problems(
+    settings: Settings, visible: list[Gpu], count: int | None, environ: Mapping[str, str]
+) -> Iterator[str]:
     """Sentences on a GPU that is missing, too old, or has too old a driver."""
     if not visible:
         run = container.command(environ)
@@ -106,7 +108,7 @@ def _gpu(settings: Settings, visible: list[Gpu], count: int | None, environ: Map
         yield f"DTYPE=bfloat16: {gpu.name} computes bfloat16 only by emulation; use DTYPE=auto or DTYPE=float16"
 
 
-def _compiler(visible: list[Gpu], environ: Mapping[str, str]) -> Iterator[str]:
+def compiler(visible: list[Gpu], environ: Mapping[str, str]) -> Iterator[str]:
     """What Triton needs to compile the launchers of its kernels. Without it the first update would fail."""
     if not visible:
         return

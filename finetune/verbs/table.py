@@ -47,6 +47,9 @@ VERBS = {
         Verb("train", "fine-tune, verify, record; publish where PUSH_TO_HUB=1 (the default verb)"),
         Verb("check", "look at settings, GPU, driver, memory and disk; downloads nothing"),
         Verb(
+            "selftest", "compute on this GPU with all that a run uses, and compare; downloads nothing, under a minute"
+        ),
+        Verb(
             "ask",
             "answer with the trained model in OUTPUT_DIR",
             word="QUESTION",
