@@ -13,6 +13,7 @@ from finetune.settings import Settings
 # GiB, each the lowest that was measured: a run that needs more than that is refused for certain. Python and the libraries hold
 # 0.65 of their own; with 650 MiB a tiny run was killed, with 700 MiB it was not.
 LIBRARIES = 0.7
+ON_A_GPU = 0.6  # CUDA and the compiler: 1.5 in all were seen on an H100
 TOKENIZING = 0.2  # of each process that tokenizes, beside what it shares with the first
 
 
@@ -34,7 +35,7 @@ def available_gib() -> float:
 def forecast_gib(settings: Settings, count: int | None, gpu: bool) -> float:
     """The least of the host's memory that a run takes. count: the model's parameters, None: unknown."""
     weights = 0 if gpu else (2 if settings.dtype in ("bfloat16", "float16") else 4) * (count or 0)
-    return LIBRARIES + max(weights / 2**30, TOKENIZING * (settings.dataset_num_proc - 1))
+    return LIBRARIES + ON_A_GPU * gpu + max(weights / 2**30, TOKENIZING * (settings.dataset_num_proc - 1))
 
 
 def too_small(settings: Settings, count: int | None, gpu: bool) -> Iterator[str]:

@@ -19,8 +19,8 @@ CPU_PARAMETERS = 500_000_000  # ENGINE=auto trains nothing larger without a GPU:
 # Oldest driver for each CUDA major version (12.x by minor-version compatibility). scripts/bootstrap.sh reads it here.
 DRIVERS = {13: 580, 12: 525}
 OLDEST_CAPABILITY = (7, 5)  # the torch wheels hold kernels for sm_75 to sm_120
-# Processes and threads of a run: 10 were seen on two CPUs. Some pools grow with the CPUs; CUDA and the compiler bring their own.
-TASKS, TASKS_OF_A_CPU, TASKS_WITH_GPU = 12, 2, 16
+# Processes and threads of a run: 10 were seen on two CPUs, and 44 with a GPU on 32. Pools grow with the CPUs.
+TASKS, TASKS_WITH_GPU = 10, 10
 
 
 def check(
@@ -64,7 +64,7 @@ def check(
 def tasks(gpu: bool) -> Iterator[str]:
     """The sentence for a limit of processes that a run would meet: it would end with a thread that cannot be started."""
     left = limits.pids()
-    needed = TASKS + TASKS_OF_A_CPU * (os.cpu_count() or 1) + TASKS_WITH_GPU * gpu
+    needed = TASKS + (os.cpu_count() or 1) + TASKS_WITH_GPU * gpu
     if left is not None and left < needed:
         yield (
             f"processes: {left} more processes and threads may be started here, and a run needs about {needed}. Raise the limit, "

@@ -83,7 +83,11 @@ def results(tests: Mapping[str, Test]) -> Iterator[Result]:
         except Refusal as refusal:
             good, words = False, " ".join(refusal.problems)
         except Exception as error:  # a driver or a library may raise anything
-            good, words = False, f"{type(error).__name__}: {first_line(error)}"
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            last = (
+                f" … {lines[-1][:200]}" if len(lines) > 1 else ""
+            )  # a compiler shows the place first, and the reason last
+            good, words = False, f"{type(error).__name__}: {first_line(error)}{last}"
         yield Result(name, good, words, time.perf_counter() - began)
 
 
@@ -173,14 +177,13 @@ def with_torch(module: str, environ: Mapping[str, str], before: list[Result]) ->
     gpu = any(result.name == "CUDA" for result in before)
     left = [name for name in names if (gpu and name in on_gpu) or name not in (*on_gpu, "NCCL")]
     while left:
-        for result in _in_child(
-            module, left, {**environ, "SELFTEST_GPU": "1" * gpu, "SELFTEST_CARDS": ",".join(cards[:2])}
-        ):
+        told_of = {**environ, "SELFTEST_GPU": "1" * gpu, "SELFTEST_CARDS": ",".join(cards[:2])}
+        for result in _in_child(module, tuple(left), told_of):
             left.remove(result.name)
             yield result if result.good else dataclasses.replace(result, words=told(result.words))
 
 
-def _in_child(module: str, names: list[str], environ: Mapping[str, str]) -> Iterator[Result]:
+def _in_child(module: str, names: tuple[str, ...], environ: Mapping[str, str]) -> Iterator[Result]:
     """The results of a process that runs these tests, up to the first at which it ends or hangs: that one has failed."""
     path = os.pathsep.join(filter(None, (str(container.PROGRAM), environ.get("PYTHONPATH"))))
     with tempfile.TemporaryFile() as errors:

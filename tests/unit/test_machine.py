@@ -172,10 +172,10 @@ def test_too_little_memory_and_too_few_processes_are_refused_with_the_number(
     )
     # on a GPU the weights do not lie in the host's memory, and more processes need more
     assert list(memory.too_small(settings.replaced(dataset_num_proc=1), 10**9, True)) != []
-    monkeypatch.setattr(limits, "memory", lambda: 2**30)
+    monkeypatch.setattr(limits, "memory", lambda: 2**31)
     assert list(memory.too_small(settings, 10**9, True)) == []
     (many,) = memory.too_small(settings.replaced(dataset_num_proc=16), None, True)
-    assert "DATASET_NUM_PROC=1 (then 0.7 GiB)" in many
+    assert "DATASET_NUM_PROC=1 (then 1.3 GiB)" in many
 
 
 def test_a_folder_from_which_no_program_is_loaded_is_known(

@@ -92,6 +92,14 @@ def test_what_libraries_say_comes_with_a_remedy(said: str, remedy: str) -> None:
     assert remedy in selftest.told(said).partition("Remedy: ")[2]
 
 
+def test_of_a_compiler_s_error_the_place_and_the_reason_are_told() -> None:
+    def test() -> str:
+        raise ValueError("at 1:12:\n  def _add(a\n\nNameError('no such name')")
+
+    (result,) = selftest.results({"Triton": test})
+    assert result.words == "ValueError: at 1:12: … NameError('no such name')"
+
+
 def test_numbers_that_are_wrong_are_a_failure() -> None:
     import torch
 
