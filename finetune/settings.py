@@ -199,6 +199,37 @@ class Settings:
         free=True,
     )
 
+    # Did it help?
+    eval_rows: int = setting(
+        64, "Most rows that are held out of training, to measure the loss on them before and after; 0: none.", low=0
+    )
+    eval_split: str = setting(
+        "auto",
+        "Which rows are held out. auto: those right after DATASET_SPLIT; where all rows are in it, the last 5 % of them, "
+        "if these are at least 8. Or a split, with a slice if wanted: test, train[500:600].",
+    )
+    eval_dataset_name: str | None = setting(
+        None, "Rows to measure on, from another place, named as in DATASET_NAME; its split is train if EVAL_SPLIT is auto.",
+        example="/data/held-out.jsonl",
+    )  # fmt: skip
+    eval_steps: int = setting(0, "Updates between two measurements; 0: only before and after training.", low=0)
+    load_best_model_at_end: bool = setting(
+        False, "Keep the adapter of the measurement with the lowest loss on held-out rows, not the last one."
+    )
+    early_stopping_patience: int = setting(
+        0, "End training when so many measurements in a row bring no lower loss on held-out rows; 0: never.", low=0
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "How much lower the loss has to be to count as lower for EARLY_STOPPING_PATIENCE.", low=0
+    )
+    eval_questions: int = setting(
+        3,
+        "Held-out rows that are asked beside SAMPLE_QUESTION, on a GPU, in the same time; 0: none.",
+        low=0,
+        high=31,
+        free=True,
+    )
+
     # Before and after
     sample_question: str = setting(
         "一个患有急性阑尾炎的病人已经发病5天,腹痛稍有减轻但仍然发热,在体检时发现右下腹有压痛的包块,此时应如何处理?",
@@ -586,6 +617,17 @@ def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
             f"DATASET_SPLIT={s.dataset_split}: not a split; it takes a name and perhaps a slice, for example "
             "DATASET_SPLIT=train[0:500]"
         )
+    if s.eval_split != "auto" and not re.fullmatch(SPLIT, s.eval_split):
+        yield (
+            f"EVAL_SPLIT={s.eval_split}: not a split; it takes auto, or a name and perhaps a slice, for example "
+            "EVAL_SPLIT=train[500:564]"
+        )
+    for name, wanted in (
+        ("LOAD_BEST_MODEL_AT_END", s.load_best_model_at_end),
+        ("EARLY_STOPPING_PATIENCE", s.early_stopping_patience),
+    ):
+        if wanted and not (s.eval_steps and s.eval_rows):
+            yield f"{name}={text(wanted)}: needs measurements during training, for example EVAL_STEPS=20 (and EVAL_ROWS not 0)"
     if s.dataset_name == "samples" and s.dataset_config not in (None, "en", "zh"):
         yield f"DATASET_CONFIG={s.dataset_config}: the bundled rows have en and zh, for example DATASET_CONFIG=en"
     if set(s.prompt_columns) & set(s.completion_columns):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune import sources
-from finetune.data import checks, reading
-from finetune.data.formats import FORMATS
+from finetune.data import checks, held_out, reading
+from finetune.data.formats import FORMATS, Format
 from finetune.data.reading import Placed, Row
-from finetune.errors import SettingsError
+from finetune.errors import Refusal, SettingsError
 from finetune.settings import SPLIT, Settings
 from finetune.sources import local
 
@@ -25,10 +26,26 @@ SAMPLES = Path(__file__).parent.parent / "samples"
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """Rows that are held out, at least as many as are wanted. format: their form's name; dropped: rows that were left out as malformed.
+
+    strict: whether a bad one ends the run, because the user named them, or would have trained them.
+    """
+
+    name: str
+    rows: list[Row]
+    format: str
+    dropped: int
+    places: list[str]
+    strict: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """Rows that passed the checks. format: their form's name. seen, dropped: rows read, and left out.
 
-    places: of each row, for messages. sha256: of their texts in order, so that equal data is known as equal.
+    places: of each row, for messages. sha256: of their texts in order, so that equal data is known as equal. held: rows that are held
+    out of training.
     """
 
     name: str
@@ -39,6 +56,7 @@ class Rows:
     dropped: int
     sha256: str
     places: list[str]
+    held: Held | None = None
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the data."""
@@ -66,9 +84,20 @@ def load(settings: Settings) -> Rows:
     if problems := list(missing(settings)):
         raise SettingsError(*problems)
     name = settings.dataset_name
-    commit, found = _from_hub(settings) if on_hub(name) else (None, _slice(settings, list(_from_files(settings))))
+    commit, found, held = _read(settings)
     if not found:
         raise SettingsError(f"DATASET_NAME={name}: holds no rows in {settings.dataset_split}")
+    form, good, places, bad = _good(found, settings)
+    refuse(bad, len(found), settings, f"every row needs text in {', '.join(form.needs(settings))}")
+    if not good:
+        raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
+    form.check(settings)  # refused now, and not after a model was downloaded
+    digest = hashlib.sha256(json.dumps(good, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    return Rows(name, commit, good, form.NAME, len(found), len(bad), digest, places, _held(held, settings))
+
+
+def _good(found: list[Placed], settings: Settings) -> tuple[type[Format], list[Row], list[str], list[str]]:
+    """The rows' form, those that are good with their places, and a sentence for each that is not."""
     first: Row = next((row for _, row in found if isinstance(row, dict)), {})
     form = next(form for form in FORMATS.values() if form.recognises(first, settings))
     needs, reads = form.needs(settings), form.reads(settings)
@@ -79,12 +108,73 @@ def load(settings: Settings) -> Rows:
         else:
             good.append({column: row[column] for column in reads if column in needs or row.get(column)})
             places.append(where)
-    refuse(bad, len(found), settings, f"every row needs text in {', '.join(needs)}")
-    if not good:
-        raise SettingsError(f"DATASET_NAME={name}: all {len(bad)} rows are malformed; the first is {bad[0]}")
-    form.check(settings)  # refused now, and not after a model was downloaded
-    digest = hashlib.sha256(json.dumps(good, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-    return Rows(name, commit, good, form.NAME, len(found), len(bad), digest, places)
+    return form, good, places, bad
+
+
+def _held(of_split: tuple[list[Placed], bool], settings: Settings) -> Held | None:
+    """The rows that are held out. of_split: those of the split that is trained, and whether a bad one ends the run."""
+    if not settings.eval_rows:
+        return None
+    if _elsewhere(settings):
+        return held_elsewhere(settings)
+    found, strict = of_split
+    return _checked(settings.dataset_name, found, strict, settings)
+
+
+def held_elsewhere(settings: Settings) -> Held:
+    """The rows that EVAL_DATASET_NAME and EVAL_SPLIT name, whatever is trained. Raises SettingsError where there are none, or bad ones."""
+    there = measured(settings)
+    with _named_for_evaluation(settings):
+        if problems := list(_missing(there.dataset_name)):
+            raise SettingsError(*problems)
+        _, found, _ = _read(there)
+        if not found:
+            raise SettingsError(f"DATASET_NAME={there.dataset_name}: holds no rows in {there.dataset_split}")
+    return _checked(there.dataset_name, found[: held_out.SPARE * settings.eval_rows], True, settings)
+
+
+def _checked(name: str, found: list[Placed], strict: bool, settings: Settings) -> Held:
+    if not found:
+        return Held(name, [], "", 0, [], strict)
+    form, good, places, bad = _good(found, settings)
+    if strict:
+        refuse(bad, len(found), settings, "held-out rows need what trained rows need")
+    return Held(name, good, form.NAME, len(bad), places, strict)
+
+
+def measured(settings: Settings) -> Settings:
+    """Settings that read the rows of EVAL_DATASET_NAME and EVAL_SPLIT as if they were trained."""
+    other = settings.eval_dataset_name not in (None, settings.dataset_name)
+    return settings.replaced(
+        dataset_name=settings.eval_dataset_name or settings.dataset_name,
+        dataset_config=None if other else settings.dataset_config,
+        dataset_revision="main" if other else settings.dataset_revision,
+        dataset_split="train" if settings.eval_split == "auto" else settings.eval_split,
+        eval_rows=0,
+    )
+
+
+def _elsewhere(settings: Settings) -> bool:
+    """Whether the held-out rows are not of the split that is trained."""
+    if settings.eval_dataset_name not in (None, settings.dataset_name):
+        return True
+    return (
+        settings.eval_split != "auto" and _split(settings.eval_split)["name"] != _split(settings.dataset_split)["name"]
+    )
+
+
+@contextlib.contextmanager
+def _named_for_evaluation(settings: Settings) -> Iterator[None]:
+    """Let refusals name the settings that the held-out rows come from."""
+    try:
+        yield
+    except Refusal as refusal:
+        said = map(_of_evaluation, refusal.problems) if settings.eval_dataset_name else refusal.problems
+        raise type(refusal)(*(re.sub(r"\bDATASET_SPLIT=", "EVAL_SPLIT=", problem) for problem in said)) from None
+
+
+def _of_evaluation(problem: str) -> str:
+    return re.sub(r"\bDATASET_NAME=", "EVAL_DATASET_NAME=", problem)
 
 
 def refuse(bad: list[str], of: int, settings: Settings, needed: str) -> None:
@@ -125,23 +215,61 @@ def _row_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in train or rows)
 
 
-def _from_hub(settings: Settings) -> tuple[str | None, list[Placed]]:
-    """The rows of a split on the Hub, and their commit."""
-    name, split = settings.dataset_name, str(_split(settings)["name"])
+def _read(settings: Settings) -> tuple[str | None, list[Placed], tuple[list[Placed], bool]]:
+    """The commit of the data set, the rows to train, and those to hold out of the same split with whether a bad one ends the run."""
+    if on_hub(settings.dataset_name):
+        return _from_hub(settings)
+    if _split(settings.dataset_split)["name"] != "train":
+        raise SettingsError(
+            f"DATASET_SPLIT={settings.dataset_split}: a file or folder has only the split train, for example DATASET_SPLIT=train[0:500]"
+        )
+    rows = list(_from_files(settings))
+    places = _places(settings, len(rows))
+    return None, [rows[index] for index in places.trained], ([rows[index] for index in places.held], places.strict)
+
+
+def _from_hub(settings: Settings) -> tuple[str | None, list[Placed], tuple[list[Placed], bool]]:
+    """The same of a split on the Hub."""
+    name, split = settings.dataset_name, str(_split(settings.dataset_split)["name"])
     commit, found = sources.hub().dataset(settings, split)
-    names, which = found.column_names, _range(settings, len(found))
+    names, places = found.column_names, _places(settings, len(found))
     # others may hold pictures, or values that Python cannot. If none is wanted, keep one: without columns there are no rows
     used = [column for column in names if column in _wanted(settings)] or names[:1]
-    rows = found.select(which).select_columns(used)
-    return commit, [
-        (f"{name} {split} row {index + 1}", {**dict.fromkeys(names), **row})
-        for index, row in zip(which, rows, strict=True)
-    ]
+
+    def placed(which: Sequence[int]) -> list[Placed]:
+        rows = found.select(which).select_columns(used)
+        return [
+            (f"{name} {split} row {index + 1}", {**dict.fromkeys(names), **row})
+            for index, row in zip(which, rows, strict=True)
+        ]
+
+    return commit, placed(places.trained), (placed(places.held), places.strict)
+
+
+def _places(settings: Settings, count: int) -> held_out.Places:
+    """Which rows of a split of `count` rows are trained, and which are held out."""
+    trained = _range(settings.dataset_split, count)
+    if not settings.eval_rows or _elsewhere(settings):
+        return held_out.Places(trained, [])
+    if settings.eval_split == "auto":
+        return held_out.choose(trained, count, settings)
+    found = held_out.named(trained, _range(settings.eval_split, count), settings)
+    if not found.held:
+        raise SettingsError(
+            f"EVAL_SPLIT={settings.eval_split}: names no rows beside those of DATASET_SPLIT={settings.dataset_split}, which are trained; "
+            "name others, for example EVAL_SPLIT=train[500:564], or EVAL_ROWS=0"
+        )
+    return found
 
 
 def missing(settings: Settings) -> Iterator[str]:
-    """What is wrong with the file or folder that DATASET_NAME names, in a sentence."""
-    name = settings.dataset_name
+    """What is wrong with the files or folders that DATASET_NAME and EVAL_DATASET_NAME name, in sentences."""
+    yield from _missing(settings.dataset_name)
+    if settings.eval_rows and settings.eval_dataset_name not in (None, settings.dataset_name):
+        yield from map(_of_evaluation, _missing(str(settings.eval_dataset_name)))
+
+
+def _missing(name: str) -> Iterator[str]:
     if problem := local.url("DATASET_NAME", name):
         yield problem
     elif name != "samples" and not on_hub(name):
@@ -176,25 +304,16 @@ def _wanted(settings: Settings) -> set[str]:
     return {column for form in FORMATS.values() for column in form.reads(settings)}
 
 
-def _slice(settings: Settings, rows: list[Placed]) -> list[Placed]:
-    """The slice of a local file or folder, whose only split is `train`."""
-    if _split(settings)["name"] != "train":
-        raise SettingsError(
-            f"DATASET_SPLIT={settings.dataset_split}: a file or folder has only the split train, for example DATASET_SPLIT=train[0:500]"
-        )
-    return [rows[index] for index in _range(settings, len(rows))]
-
-
-def _split(settings: Settings) -> re.Match[str]:
-    """DATASET_SPLIT, taken apart."""
-    parsed = re.fullmatch(SPLIT, settings.dataset_split)
+def _split(split: str) -> re.Match[str]:
+    """A split and its slice, taken apart."""
+    parsed = re.fullmatch(SPLIT, split)
     assert parsed is not None  # checked by settings
     return parsed
 
 
-def _range(settings: Settings, count: int) -> range:
-    """The rows that the slice of DATASET_SPLIT takes out of `count`; bounds beyond the end mean the end."""
-    parsed = _split(settings)
+def _range(split: str, count: int) -> range:
+    """The rows that the slice of a split takes out of `count`; bounds beyond the end mean the end."""
+    parsed = _split(split)
 
     def bound(text: str | None) -> int | None:
         if text is None:

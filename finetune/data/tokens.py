@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from finetune.data import processes
 from finetune.data.formats import FORMATS, Format
 from finetune.data.formats.base import BadRow, Span, Text, any_of, special_texts
+from finetune.data.held_out import HeldOut
 from finetune.data.kept import Guard
 from finetune.data.reading import Row
-from finetune.data.rows import Rows, refuse
+from finetune.data.rows import Held, Rows, refuse
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
@@ -37,7 +38,7 @@ class Tokens:
     the tokens, with equal labels, at the start of every row (a template's beginning, a system prompt). dropped: rows that cannot
     be trained on. day, writes_day: what the chat template takes for today, and whether it writes it. notes: sentences on what is not
     trained letter for letter.
-    sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once.
+    sha256: of all ids and labels in order. It covers rows, template, tokenizer and length limit at once. held_out: rows to measure on.
     """
 
     dataset: Dataset
@@ -51,6 +52,7 @@ class Tokens:
     writes_day: bool
     notes: list[str]
     sha256: str
+    held_out: HeldOut | None = None
 
     def record(self) -> dict[str, Any]:
         """What run.json says of the tokens."""
@@ -91,7 +93,8 @@ class Tokens:
             f"{len(self.dataset)} rows, {self.trained:,} of {self.total:,} tokens are trained, the longest row has {self.longest}, the "
             f"first {self.common} are the same in every row, {self.truncated} truncated, {dropped + self.dropped} dropped"
         )
-        return "\n".join(f"data: {each}" for each in (line, *self.notes))
+        lines = [f"data: {each}" for each in (line, *self.notes)]
+        return "\n".join([*lines, self.held_out.describe()] if self.held_out else lines)
 
 
 def format_of(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, day: datetime.date) -> Format:
@@ -133,8 +136,9 @@ def tokenize(
         trained += len(labels) - labels.count(IGNORE_INDEX)
         digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
     assert common is not None
+    dataset = mapped.select_columns(["input_ids", "labels"])
     return Tokens(
-        dataset=mapped.select_columns(["input_ids", "labels"]),
+        dataset=dataset,
         truncated=sum(mapped["truncated"]),
         lengths=lengths,
         largest=largest,
@@ -145,7 +149,18 @@ def tokenize(
         writes_day=made.writes_day,
         notes=_notes(mapped, places),
         sha256=digest.hexdigest(),
+        held_out=_held_out(rows.held, work, dataset, len(common[0]), settings, date) if rows.held else None,
     )
+
+
+def _held_out(
+    held: Held, work: Encoder, trained: Dataset, common: int, settings: Settings, date: datetime.date
+) -> HeldOut:
+    """Tokens of the rows that are held out, made as those of trained rows."""
+    from finetune.data import held_tokens  # numpy takes a tenth of a second, and `check` needs none
+
+    form = format_of(held.format, work.tokenizer, settings, date) if held.rows else work.format
+    return held_tokens.encoded(held, form, dataclasses.replace(work, format=form), trained, common, settings)
 
 
 def _notes(mapped: Dataset, places: list[str]) -> list[str]:

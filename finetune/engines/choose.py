@@ -36,12 +36,14 @@ class Choice:
         return dict(engine=self.name, compiled=self.compiled, deterministic=self.deterministic)
 
     def open(self, settings: Settings) -> Engine:
-        """The engine, with all libraries imported that training needs. Import nothing that imports them before this."""
+        """Say what was chosen, and open it with all libraries that training needs. Import nothing that imports them before this."""
+        print(self.describe(), flush=True)
         console.hush()  # on a CPU with AVX512-BF16, bitsandbytes warns of a package that nothing here needs
         gc.disable()  # it would walk a million lasting objects again and again, a tenth of the time that imports take
         try:
-            engine: Engine = importlib.import_module(f"finetune.engines.{MODULES[self.name]}")
-            engine.prepare(settings)
+            with console.stage("loading", "loading the libraries"):
+                engine: Engine = importlib.import_module(f"finetune.engines.{MODULES[self.name]}")
+                engine.prepare(settings)
         finally:
             gc.freeze()
             gc.enable()

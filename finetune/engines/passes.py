@@ -81,5 +81,24 @@ def _tokens(model: Any, end: int = 0) -> dict[str, torch.Tensor]:
 
 def drops(model: torch.nn.Module) -> bool:
     """Whether training uses dropout: LORA_DROPOUT, or the base's own. For attention that is a number in most models."""
-    shares = (m.p if type(m).__name__ == "Dropout" else getattr(m, "attention_dropout", 0) for m in model.modules())
-    return any(isinstance(share, (int, float)) and share > 0 for share in shares)
+    return any(True for _ in _dropping(model))
+
+
+@contextlib.contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Nothing drops for a while, and all else stays as in training: compiled layers and recomputing depend on the mode of a module."""
+    silenced = [module for module in _dropping(model) if module.training]
+    for module in silenced:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in silenced:
+            module.training = True
+
+
+def _dropping(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for module in model.modules():
+        share = module.p if type(module).__name__ == "Dropout" else getattr(module, "attention_dropout", 0)
+        if isinstance(share, (int, float)) and share > 0:
+            yield module

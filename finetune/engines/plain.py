@@ -34,6 +34,7 @@ def prepare(settings: Settings) -> None:
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     patches.keep_out(name for name in UNUSED if name != settings.report_to)
+    patches.list_packages_once()
     from trl import SFTTrainer  # noqa: F401  (and with it torch, transformers and peft)
 
 

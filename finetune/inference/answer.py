@@ -24,35 +24,62 @@ FOLDING = 1.1  # times the bytes of folded weights that have to be free: a layer
 
 
 def sample(
-    engine: Engine, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings
-) -> Callable[[str], str]:
-    """A function that gives `model` the prompt, and says whether before or after training; "" where nothing is asked."""
+    engine: Engine, model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], settings: Settings
+) -> Callable[[str], list[str]]:
+    """A function that gives `model` the prompts, and says whether before or after training. [] where nothing is asked.
 
-    def ask(when: str) -> str:
+    The first prompt is always answered, the others on a GPU, where they take hardly more time than one.
+    """
+
+    def ask(when: str) -> list[str]:
         if not settings.max_new_tokens:
-            return ""
-        console.phase("asking", f"asking the sample question {when} training")
-        began = time.monotonic()
-        with engine.answering(model):
-            text, count = answer(model, tokenizer, prompt, settings.max_new_tokens, settings.max_memory)
-        seconds = time.monotonic() - began
-        print(f"answered: {count} tokens in {seconds:.0f} s, {count / max(seconds, 0.001):.0f} tokens/s", flush=True)
-        return text
+            return []
+        fast = model.device.type == "cuda" and decode.unserved(model) is None
+        asked = prompts if fast else prompts[:1]
+        others = f" and {len(asked) - 1} held-out ones" if asked[1:] else ""
+        slow = "; held-out ones only by the fast decoder, on a GPU" if prompts[1:] and not fast else ""
+        began, what = time.monotonic(), f"asking the sample question{others} {when} training{slow}"
+        with console.stage("asking", what), engine.answering(model):
+            found, count = _all(model, tokenizer, asked, settings)
+        print(f"answered: {count} tokens, {count / max(time.monotonic() - began, 0.001):.0f} a second", flush=True)
+        return found
 
     return ask
+
+
+def _all(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], settings: Settings
+) -> tuple[list[str], int]:
+    """The answers at once; where that does not fit the memory, the first alone."""
+    try:
+        return answers(model, tokenizer, prompts, settings.max_new_tokens, settings.max_memory)
+    except torch.OutOfMemoryError:
+        if len(prompts) == 1:
+            raise
+    torch.cuda.empty_cache()
+    print("out of GPU memory: only the sample question is asked", flush=True)
+    return answers(model, tokenizer, prompts[:1], settings.max_new_tokens, settings.max_memory)
 
 
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int, max_memory: float | None = None, show: bool = False
 ) -> tuple[str, int]:  # fmt: skip
-    """The model's greedy continuation of `prompt` without special tokens, and how many tokens it has: at most `limit`.
-
-    By hand on a GPU for the architectures that are known (`decode`), else by transformers' generate. max_memory: GiB of GPU memory to
-    keep within; None: what is free. show: print it as it comes.
-    """
-    begun = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
-    ids = tokenizer(prompt, add_special_tokens=not begun, return_tensors="pt")["input_ids"].to(model.device)
+    """As `answers`, for one prompt. show: print it as it comes."""
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+    (found,), count = answers(model, tokenizer, [prompt], limit, max_memory, streamer)
+    return found, count
+
+
+def answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int, max_memory: float | None = None,
+    streamer: TextStreamer | None = None,
+) -> tuple[list[str], int]:  # fmt: skip
+    """The model's greedy continuation of each prompt without special tokens, and how many tokens they have: at most `limit` each.
+
+    By hand on a GPU for the architectures that are known (`decode`), else by transformers' generate, one after the other. max_memory:
+    GiB of GPU memory to keep within; None: what is free.
+    """
+    ids = [_ids_of(prompt, tokenizer) for prompt in prompts]
     ends = sorted({tokenizer.eos_token_id, *_ids(getattr(model.generation_config, "eos_token_id", None))})
     why = decode.unserved(model) if model.device.type == "cuda" else ""
     if why:
@@ -62,21 +89,29 @@ def answer(
         new = _decoded(decode.Decoder(model, folded), ids, limit, ends, streamer)
         torch.cuda.empty_cache()
     else:
-        new = _generated(model, tokenizer, ids, limit, ends, streamer)
-    opened = "<think>" if prompt.endswith("<think>") else ""
-    return opened + str(tokenizer.decode(new, skip_special_tokens=True)), len(new)
+        new = [_generated(model, tokenizer, row, limit, ends, streamer) for row in ids]
+    opened = ["<think>" if prompt.endswith("<think>") else "" for prompt in prompts]
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+    return [begin + text for begin, text in zip(opened, texts, strict=True)], sum(map(len, new))
+
+
+def _ids_of(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    begun = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+    return list(tokenizer(prompt, add_special_tokens=not begun)["input_ids"])
 
 
 def _decoded(
-    decoder: decode.Decoder, ids: Any, limit: int, ends: list[int], streamer: TextStreamer | None
-) -> list[int]:
-    new: list[int] = []
+    decoder: decode.Decoder, ids: list[list[int]], limit: int, ends: list[int], streamer: TextStreamer | None
+) -> list[list[int]]:
+    """streamer: for one prompt alone."""
+    new: list[list[int]] = [[] for _ in ids]
     if streamer:
-        streamer.put(ids.cpu())
-    for (some,) in decoder.tokens(ids.tolist(), limit, ends):
-        new += some
+        streamer.put(torch.tensor(ids))
+    for some in decoder.tokens(ids, limit, ends):
+        for row, tokens in zip(new, some, strict=True):
+            row += tokens
         if streamer:
-            for token in some:
+            for token in some[0]:
                 streamer.put(torch.tensor([token]))
     if streamer:
         streamer.end()
@@ -84,8 +119,9 @@ def _decoded(
 
 
 def _generated(
-    model: Any, tokenizer: PreTrainedTokenizerBase, ids: Any, limit: int, ends: list[int], streamer: TextStreamer | None
+    model: Any, tokenizer: PreTrainedTokenizerBase, row: list[int], limit: int, ends: list[int], streamer: TextStreamer | None
 ) -> list[int]:  # fmt: skip
+    ids = torch.tensor([row], device=model.device)
     with torch.inference_mode(), _autocast(model):
         produced = model.generate(
             input_ids=ids,

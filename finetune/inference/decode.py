@@ -277,7 +277,7 @@ def _replayed(
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be merging weights on the GPU
         step()
     for tensor, value in zip(changed, before, strict=True):
         tensor.copy_(value)

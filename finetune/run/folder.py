@@ -20,7 +20,7 @@ from finetune.run import record as records
 from finetune.run.record import Record
 from finetune.settings import Settings
 
-PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", *records.PAGES)
+PRODUCTS = ("adapter", "merged", "checkpoints", "run.json", "eval.json", *records.PAGES)
 IDENTITY = "checkpoints/identity.json"
 ASIDE = "replaced.partial"  # holds the old run until the run with OVERWRITE is in its place
 ENDINGS = ("", ".partial", ".old")

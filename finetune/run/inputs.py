@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import data, files, sources
+from finetune.data import held_out
 from finetune.errors import HubError, MachineError, SettingsError
 from finetune.machine import permissions, preflight
 from finetune.machine.gpus import Gpu
@@ -37,7 +38,8 @@ def look(settings: Settings, visible: list[Gpu], environ: Mapping[str, str]) -> 
         count = parameters(Source(settings.model_name, None, Path(settings.model_name).expanduser()))
     except MachineError as error:
         damaged = error.problems
-    return preflight.check(settings, visible, environ, count, list(missing(settings)), damaged)
+    lines = preflight.check(settings, visible, environ, count, list(missing(settings)), damaged)
+    return [*lines, held_out.expected(settings)]
 
 
 def missing(settings: Settings) -> Iterator[str]:
@@ -55,9 +57,11 @@ def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> 
     wanted: the run.json whose inputs these must be. Raises SettingsError that names each input that differs, and its setting.
     """
     found = _flat(source.commit, source.digests, rows.sha256, tokens.sha256)
-    dated = {"date": tokens.date} if tokens.date else {}
+    more = {"date": tokens.date} if tokens.date else {}
+    if tokens.held_out and tokens.held_out.rows:
+        more["held-out rows"] = tokens.held_out.sha256
     if wanted is None:
-        return found | dated
+        return found | more
     model, dataset = wanted["model"], wanted["dataset"]
     recorded = _flat(model["commit"], model["files"], dataset["sha256"], dataset["tokens_sha256"])
     recorded["commit"] = found["commit"]  # equal files are the same model, whatever holds them
@@ -66,7 +70,7 @@ def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> 
         # tokens are made of model and rows: if those differ, other tokens say nothing more
         named = [name for name in differ if name != "tokens"] or differ
         raise SettingsError(*(_sentence(name, recorded.get(name), found.get(name), source, rows) for name in named))
-    return found | dated
+    return found | more
 
 
 def _flat(commit: str | None, model: Mapping[str, str], rows: str, tokens: str) -> dict[str, Any]:

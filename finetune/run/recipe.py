@@ -13,7 +13,7 @@ from finetune import console, data, sources
 from finetune.engines import refusals
 from finetune.engines.choose import choose
 from finetune.machine import cuda, gpus, memory, preflight
-from finetune.run import folder, inputs, last, provenance, report
+from finetune.run import evaluation, folder, inputs, last, provenance
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
 from finetune.sources import publish
@@ -62,7 +62,6 @@ def train_in(
     _ = source.hashing  # begins
     clock.mark("inputs_s")
     choice = choose(settings, gpu, source.config())
-    console.phase("loading", choice.describe())
     engine = choice.open(settings)
     # these import trl, transformers and peft, and unsloth must come before them
     from finetune.engines import checks
@@ -85,14 +84,15 @@ def train_in(
         return print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)
     clock.mark("data_s")
 
-    model = engine.load(settings, source)
+    with console.stage("loading", "loading the model"):
+        model = engine.load(settings, source)
     checks.check_fits(model, settings, tokens)
     if settings.save_merged:
         layout.check_mergeable(model, source)
     folder.claim(settings, output, identity)
     clock.mark("load_s")
     prompt = data.format_of(rows.format, tokenizer, settings, tokens.day).prompt(settings.sample_question)
-    ask = answer.sample(engine, model, tokenizer, prompt, settings)
+    ask = answer.sample(engine, model, tokenizer, evaluation.prompts(prompt, tokens.held_out), settings)
     before = ask("before")
     clock.mark("before_s")
     console.phase("training", train.describe(train.order_of(settings, tokens)))
@@ -107,15 +107,16 @@ def train_in(
         recorded["training"]["plan"] if recorded else None,
     )
     clock.mark("train_s")
-    after = ask("after")
-    clock.mark("after_s")
 
     console.phase("saving", "saving the adapter")
     words = data.rewritten(source.folder, tokens.texts(tokenizer))
     adapter.save(model, source, output, words)
-    del model, ask
-    gc.collect()  # the trainer and its callbacks hold each other, and keep the model in memory
-    merged = merge.merge(source, output, "cuda" if visible else "cpu", words) if settings.save_merged else None
+    with merge.meanwhile(source, output, "cuda" if visible else "cpu", words, settings.save_merged) as merging:
+        after = ask("after")
+        clock.mark("after_s")
+        del model, ask
+        gc.collect()  # the trainer and its callbacks hold each other, and keep the model in memory
+    merged = merging.result()
     if merged and words:
         print(data.misread(output / "merged", tokens.texts(tokenizer)), end="", flush=True)
     if not settings.save_adapter:
@@ -133,16 +134,24 @@ def train_in(
             process_gib=round(memory.peak_gib(), 3),
         ),
         verification=merged.record() if merged else None,
-        samples=dict(question=settings.sample_question, before=before, after=after),
+        evaluation=evaluation.record(tokens.held_out, fit.course),
+        samples=evaluation.samples(settings.sample_question, prompt, tokens.held_out, before, after),
         environment=provenance.environment(gpu, environ),
         timings=dict(
             clock.seconds,
             plan_s=round(fit.plan_s, 2),
             first_step_s=round(fit.first_step_s, 2),
             started_s=round(fit.started_s, 2),
+            **({"evaluation_s": round(fit.course.seconds, 2)} if fit.course else {}),
             total_s=round(time.perf_counter() - clock.began, 2),
         ),
-        files=entries(output, below(output)),
+        files=entries(output, below(output), merged.sha256 if merged else {}),
     )
-    record = report.write(output, record, fit.metrics)
-    print(report.summary(output, record), flush=True)
+    finish(output, record, fit.metrics)
+
+
+def finish(output: Path, record: Record, metrics: list[dict[str, float]]) -> None:
+    """Write the record and its pages, and say what came of the run."""
+    from finetune.run import report  # and with it matplotlib, for which the first update should not wait
+
+    print(report.summary(output, report.write(output, record, metrics)), flush=True)

@@ -25,6 +25,8 @@ NEEDED = (
     *("MODEL_NAME", "DATASET_NAME", "DATASET_SPLIT", "PROMPT_TEMPLATE", "PROMPT_COLUMNS", "COMPLETION_COLUMNS"),
     *("LOAD_IN_4BIT", "MAX_STEPS", "SEED", "OUTPUT_DIR"),
 )
+# what a record means that is older than the setting, where that is not the default: no row was held out then
+OLDER = {"EVAL_ROWS": 0}
 
 CLOSED = ConfigDict(extra="forbid")
 PART = r"(\.?[^/.\x00][^/\x00]*|\.\.[^/\x00]+|\.)"  # of a path, but for ..
@@ -152,10 +154,74 @@ class Verification(TypedDict):
     rounded: Count
 
 
+class Answered(TypedDict):
+    """A held-out row's question; reference: the row's own answer."""
+
+    question: str
+    reference: str
+    before: str
+    after: str
+
+
 class Samples(TypedDict):
+    """held_out: questions of held-out rows. Records from before there was an evaluation lack it."""
+
     question: Line
     before: str
     after: str
+    held_out: NotRequired[list[Answered]]
+
+
+class Interval(TypedDict):
+    """Mean loss of a label; low, high: the 95 % interval of a bootstrap over rows."""
+
+    loss: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+class Loss(Interval):
+    perplexity: Amount
+
+
+class Point(TypedDict):
+    step: Count
+    loss: FiniteFloat
+
+
+class Measured(TypedDict):
+    """A held-out row. before, after: summed loss of its labels."""
+
+    row: Text
+    labels: Count
+    before: FiniteFloat
+    after: FiniteFloat
+
+
+class Evaluation(TypedDict):
+    """Losses on held-out rows; null: none were measured.
+
+    name: of their data set. labels: tokens that the losses are of. truncated: rows longer than MAX_SEQ_LENGTH; cut: longer than any
+    trained row. dropped, duplicates: rows left out, because they are malformed, or near-duplicates of trained rows. change: of the loss,
+    in pairs. kept: the update whose adapter was kept; best: whether for its loss. course: at step 0 it is the base's.
+    """
+
+    name: Text
+    tokens_sha256: Sha256
+    rows: Positive
+    labels: Positive
+    truncated: Count
+    cut: Count
+    dropped: Count
+    duplicates: Count
+    before: Loss
+    after: Loss
+    change: Interval
+    sentence: Text
+    kept: Positive
+    best: bool
+    course: list[Point]
+    each: list[Measured]
 
 
 class Environment(TypedDict):
@@ -205,6 +271,7 @@ class Record(TypedDict):
     training: Training
     memory: Memory
     verification: Verification | None
+    evaluation: NotRequired[Evaluation | None]
     samples: Samples
     environment: Environment
     timings: Timings
@@ -358,12 +425,10 @@ def made(**parts: Any) -> Record:
     return parts  # type: ignore[return-value]  # as `problems` has found
 
 
-def entries(output: Path, names: list[str]) -> dict[str, Entry]:
-    """What run.json says of files, under their names."""
-    return {
-        name: Entry(sha256=sha256, bytes=(output / name).stat().st_size)
-        for name, sha256 in files.digests(output, names).items()
-    }
+def entries(output: Path, names: list[str], known: Mapping[str, str]) -> dict[str, Entry]:
+    """What run.json says of files, under their names. known: sha256 of some."""
+    found = {**known, **files.digests(output, [name for name in names if name not in known])}
+    return {name: Entry(sha256=found[name], bytes=(output / name).stat().st_size) for name in sorted(names)}
 
 
 def below(output: Path) -> list[str]:

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from finetune import files
-from finetune.run.record import PAGES, Dataset, Model, Record, entries, same, shown
+from finetune.run.record import PAGES, Dataset, Model, Point, Record, entries, same, shown
 
 CURVES = {
     "loss": "training loss",
@@ -37,7 +38,7 @@ def write(output: Path, record: Record, metrics: list[dict[str, float]]) -> Reco
     record: with the hashes of the weights. Returns it with those of the pages too.
     """
     files.write_text(output / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
-    curves = draw_curves(metrics)
+    curves = draw_curves(metrics, course(record))
     files.write_bytes(output / "curves.png", curves)
     files.write_text(output / "samples.md", samples(record))
     kept = [folder for folder in ("adapter", "merged") if (output / folder).is_dir()]
@@ -45,7 +46,7 @@ def write(output: Path, record: Record, metrics: list[dict[str, float]]) -> Reco
         files.write_text(output / folder / "README.md", card(record, folder))
     files.write_text(output / "README.md", card(record, kept[0] if kept else "merged"))
     files.write_text(output / "report.html", page(record, curves))
-    pages = entries(output, [*PAGES, *(f"{folder}/README.md" for folder in kept)])
+    pages = entries(output, [*PAGES, *(f"{folder}/README.md" for folder in kept)], {})
     whole: Record = {**record, "files": {**record["files"], **pages}}
     files.write_json(output / "run.json", whole)
     return whole
@@ -58,6 +59,8 @@ def summary(output: Path, record: Record) -> str:
     lines = [
         f"done: {training['steps']} updates, loss {losses[0]:.4f} to {losses[-1]:.4f}, {record['timings']['total_s']:.0f} s in all"
     ]
+    if sentence := told(record):
+        lines.append(f"{sentence}.")
     if record["settings"]["MAX_NEW_TOKENS"]:
         lines += [f"before: {_start(record['samples']['before'])}", f"after:  {_start(record['samples']['after'])}"]
     if verified:
@@ -89,8 +92,20 @@ def _start(text: str) -> str:
     return flat if len(flat) <= 200 else flat[:200] + " …"
 
 
-def draw_curves(metrics: list[dict[str, float]]) -> bytes:
-    """The tutorial's four curves over the global step, as PNG."""
+def told(record: Record) -> str:
+    """Whether training helped, in one sentence; "": not measured."""
+    evaluation = record.get("evaluation")
+    return evaluation["sentence"] if evaluation else ""
+
+
+def course(record: Record) -> list[Point]:
+    """The loss on held-out rows, where it was measured."""
+    evaluation = record.get("evaluation")
+    return evaluation["course"] if evaluation else []
+
+
+def draw_curves(metrics: list[dict[str, float]], held_out: Sequence[Point] = ()) -> bytes:
+    """The tutorial's four curves over the global step, as PNG, and beside the training loss that on held-out rows."""
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     steps = [row["step"] for row in metrics]
@@ -103,6 +118,10 @@ def draw_curves(metrics: list[dict[str, float]]) -> bytes:
             marker="o" if len(steps) < 20 else None,
             markersize=3,
         )
+        if key == "loss" and held_out:
+            points = [[point["step"] for point in held_out], [point["loss"] for point in held_out]]
+            axes.plot(*points, color="#dc2626", linewidth=1.5, marker="o", markersize=4, label="held-out rows")
+            axes.legend(frameon=False)
         axes.set_title(title)
         axes.set_xlabel("global step")
         axes.grid(alpha=0.25)
@@ -113,9 +132,17 @@ def draw_curves(metrics: list[dict[str, float]]) -> bytes:
 
 
 def samples(record: Record) -> str:
-    """samples.md: the question, answered before and after."""
+    """samples.md: the question, answered before and after; then held-out questions with the rows' own answers."""
     s = record["samples"]
-    return f"# Before and after\n\n## Question\n\n{s['question']}\n\n## Before training\n\n{s['before']}\n\n## After training\n\n{s['after']}\n"
+    pages = [
+        f"# Before and after\n\n## Question\n\n{s['question']}\n\n## Before training\n\n{s['before']}\n\n## After training\n\n{s['after']}\n"
+    ]
+    for number, row in enumerate(s.get("held_out", []), 1):
+        pages.append(
+            f"# Held-out question {number}\n\n{row['question']}\n\n## Before training\n\n{row['before']}\n\n## After training\n\n"
+            f"{row['after']}\n\n## Answer in the data\n\n{row['reference']}\n"
+        )
+    return "\n".join(pages)
 
 
 def card(record: Record, kind: str) -> str:
@@ -150,10 +177,11 @@ def card(record: Record, kind: str) -> str:
         if kind == "adapter"
         else "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER_OR_REPOSITORY)"
     )
+    helped = f"{sentence}.\n\n" if (sentence := told(record)) else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"---\n{metadata.to_yaml()}\n---\n\n# {settings['RUN_NAME']}\n\n{what}, fine-tuned on one GPU or CPU with trl.\n\n"
-        f"| | |\n| --- | --- |\n{table}\n\n```python\n{load}\n```\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n{helped}```python\n{load}\n```\n\n"
         "Trained on text that may hold errors; not a medical device, and no substitute for a physician.\n"
     )
 
@@ -186,6 +214,15 @@ def page(record: Record, curves: bytes) -> str:
         *((f"{name.removesuffix('_s')}, seconds", value) for name, value in record["timings"].items()),
     ]
     hashes = [(name, f"{e['sha256']}  {e['bytes']:,} bytes") for name, e in record["files"].items()]
+    helped = f"<p><b>{escape(sentence)}.</b></p>" if (sentence := told(record)) else ""
+    others = "".join(
+        f'<h3>Held-out question {number}</h3><p>{escape(row["question"])}</p><table class="side"><tr><th>before training</th>'
+        f"<th>after training</th><th>answer in the data</th></tr><tr>"
+        + "".join(f"<td><pre>{escape(row[part])}</pre></td>" for part in ("before", "after", "reference"))
+        + "</tr></table>"
+        for number, row in enumerate(s.get("held_out", []), 1)
+    )
+    measured = {k: v for k, v in (record.get("evaluation") or {}).items() if k not in ("each", "course", "sentence")}
     image = base64.b64encode(curves).decode()
     title = escape(record["settings"]["RUN_NAME"])
     return f"""<!doctype html>
@@ -195,13 +232,15 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 table {{ border-collapse: collapse; width: 100%; font-size: 13px }}
 th, td {{ text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid #e5e7eb; overflow-wrap: anywhere }}
 th {{ font-weight: 600; width: 18rem }}
+.side {{ table-layout: fixed }} .side th {{ width: auto }}
 img {{ max-width: 100% }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f3f4f6; padding: 1rem; border-radius: .5rem }}
 </style></head><body>
-<h1>{title}</h1>{table(summary)}
-<h2>Curves</h2><img alt="loss, learning rate, gradient norm and epoch over the global step" src="data:image/png;base64,{image}">
+<h1>{title}</h1>{helped}{table(summary)}
+<h2>Curves</h2><img alt="loss (of training and of held-out rows), learning rate, gradient norm and epoch over the global step" src="data:image/png;base64,{image}">
 <h2>Before and after</h2><p>{escape(s["question"])}</p>
-<h3>Before training</h3><pre>{escape(s["before"])}</pre><h3>After training</h3><pre>{escape(s["after"])}</pre>
+<h3>Before training</h3><pre>{escape(s["before"])}</pre><h3>After training</h3><pre>{escape(s["after"])}</pre>{others}
+<h2>Held-out rows</h2>{table(list(measured.items()))}
 <h2>Rows</h2>{table(list(record["dataset"].items()))}
 <h2>Verification</h2>{table(list((record["verification"] or {}).items()))}
 <h2>Settings</h2>{table(list(record["settings"].items()))}

@@ -55,7 +55,8 @@ def restore(path: Path, layered: Mapping[str, str], line: Mapping[str, str]) -> 
     }
     if not record["environment"]["gpu"]:
         kept["OMP_NUM_THREADS"] = str(record["environment"]["cpu_threads"])  # sums are split by it
-    settings = {name: _written(value) for name, value in record["settings"].items() if name not in OWN}
+    recorded = {**records.OLDER, **record["settings"]}
+    settings = {name: _written(value) for name, value in recorded.items() if name not in OWN}
     settings["ENGINE"] = record["engine"]["name"]
     settings["MODEL_REVISION"] = record["model"]["commit"] or settings.get("MODEL_REVISION", "")
     settings["DATASET_REVISION"] = record["dataset"]["commit"] or settings.get("DATASET_REVISION", "")

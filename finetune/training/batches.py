@@ -10,9 +10,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from finetune.data import IGNORE_INDEX
+from finetune.engines import passes
+from finetune.engines.token_losses import of_logits, token_losses
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +32,14 @@ class MicroBatches(Protocol):
 
     def loss(self, rows: Sequence[Row], count: Tensor) -> Tensor:
         """Summed cross entropy of the rows' labels, divided by `count`: the labels of the whole update. A number, with its graph."""
+        ...
+
+    def losses(self, rows: Sequence[Row]) -> list[float]:
+        """Summed cross entropy of each row, without dropout and without gradients. The rows have one `beginning`."""
+        ...
+
+    def beginning(self, row: Row) -> tuple[int, ...]:
+        """What rows of one micro-batch have to have in common, where they are not the rows that are trained."""
         ...
 
     def movable(self) -> int:
@@ -55,6 +64,9 @@ class _InPlace:
 
     shared = 0
 
+    def beginning(self, row: Row) -> tuple[int, ...]:
+        return ()
+
     def movable(self) -> int:
         return 0
 
@@ -73,11 +85,12 @@ class Padded(_InPlace):
 
     pads = True
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, sample: Row):
-        """dtype: of the activations. sample: a row, to find out how the loss can be computed."""
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, sample: Row):
+        """model: with an adapter or without. dtype: of the activations. sample: a row, to find out how the loss can be computed."""
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-        self.model, self.base = model, model.get_base_model()
+        self.model = model
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device = next(model.parameters()).device if not torch.cuda.is_available() else torch.device("cuda")
         self.dtype = dtype
         self.collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
@@ -92,6 +105,25 @@ class Padded(_InPlace):
                 return _in_chunks(self.base.get_output_embeddings(), self._hidden(**batch), labels, count)
             outputs = self.model(**batch, use_cache=False)
         return _of_logits(outputs.logits, labels, count)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def losses(self, rows: Sequence[Row]) -> list[float]:
+        """As `MicroBatches` says. In evaluation mode, so that also what is no module drops nothing."""
+        training = self.model.training
+        batch = {name: value.to(self.device) for name, value in self.collate(list(rows)).items()}
+        labels = batch.pop("labels")[:, 1:]
+        self.model.eval()
+        try:
+            with self._autocast():
+                if self.chunked:
+                    head, hidden = self.base.get_output_embeddings(), self._hidden(**batch)[:, :-1]
+                    found = [token_losses(*row, head.weight, head.bias) for row in zip(hidden, labels, strict=True)]
+                else:
+                    logits = self.model(**batch, use_cache=False).logits[:, :-1]
+                    found = [of_logits(*row) for row in zip(logits, labels, strict=True)]
+        finally:
+            self.model.train(training)
+        return [float(losses.double().sum()) for losses in found]
 
     def _hidden(self, **batch: Tensor) -> Tensor:
         hidden: Tensor = self.base.base_model(**batch, use_cache=False).last_hidden_state
@@ -133,6 +165,15 @@ class Recipes(_InPlace):
             batch = trainer._prepare_inputs(self.collate(list(rows)))
             loss: Tensor = trainer.compute_loss(self.model, batch, num_items_in_batch=count)
         return loss
+
+    def losses(self, rows: Sequence[Row]) -> list[float]:
+        """As `MicroBatches` says, row by row through the pass of training: unsloth's other pass keeps the logits of whole rows."""
+        found = []
+        with passes.without_dropout(self.model):
+            for row in rows:
+                count = max(1, labels_of([row]))
+                found.append(count * float(self.loss([row], torch.tensor(count, device=self.model.device)).detach()))
+        return found
 
 
 def labels_of(rows: Sequence[Row]) -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from finetune import files
 
+BEST = "best.json"  # in a checkpoint: the name of the best one until then
+
 
 def folders(folder: Path) -> list[Path]:
     """Checkpoints with their final name, oldest first."""
@@ -37,8 +39,18 @@ def _problem(checkpoint: Path) -> str | None:
     if not expected:
         return "has no readable list of hashes"
     found = files.digests(checkpoint, [name for name in expected if (checkpoint / name).is_file()])
-    damaged = sorted(name for name in expected if found.get(name) != expected[name])
-    return f"damaged or missing: {', '.join(damaged)}" if damaged else None
+    if damaged := sorted(name for name in expected if found.get(name) != expected[name]):
+        return f"damaged or missing: {', '.join(damaged)}"
+    best = best_of(checkpoint)
+    if best is not None and best != checkpoint and (problem := _problem(best)):
+        return f"needs {best.name}, the best until then, which {problem}"
+    return None
+
+
+def best_of(checkpoint: Path) -> Path | None:
+    """The checkpoint whose adapter had the lowest loss when this one was made; None: it was not asked for."""
+    place = checkpoint / BEST
+    return checkpoint.with_name(json.loads(place.read_bytes())) if place.is_file() else None
 
 
 def is_last(checkpoint: Path) -> bool:

@@ -20,6 +20,7 @@ from finetune.engines.precision import compute_dtype
 from finetune.settings import Settings
 from finetune.training import checkpoints, plan
 from finetune.training.batches import MicroBatches, Padded, Recipes
+from finetune.training.evaluate import Course, Evaluation, Points, ended_early
 from finetune.training.order import Order
 from finetune.training.planner import Planner
 from finetune.training.planner import memory as planner_memory
@@ -39,7 +40,7 @@ STREAM_ROWS = 64  # rows whose tokens are used to measure
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What training did. metrics: one row an update; times in seconds, memory in GiB.
+    """What training did. metrics: one row an update; times in seconds, memory in GiB. course: on held-out rows; None: not measured.
 
     plan_s: to measure what a token costs; most of it is compiling. started_s: from the start of the process to the
     end of its first update.
@@ -52,6 +53,7 @@ class Fit:
     started_s: float
     peak_gib: float
     plan: plan.Plan
+    course: Course | None = None
 
     def record(self) -> dict[str, Any]:
         """The part of run.json on training. The median leaves out the first steps, which compile and warm up."""
@@ -102,24 +104,32 @@ def fit(
             model, batches, engine, recompute, settings, order, stream, tokens.longest, planner_memory(settings)
         )
         began = time.perf_counter()
-        chosen = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
+        with console.stage(
+            "training", "planning the updates" if torch.cuda.is_available() else "preparing the updates"
+        ):
+            chosen = planner.follow(plan.Plan.of(followed)) if followed else planner.choose()
         plan_s = time.perf_counter() - began
         print(f"plan: {chosen.describe()}", flush=True)
         arguments.gradient_checkpointing = engine.checkpointing(chosen.recomputed)
         updates = Updates(
             model, batches, chosen, settings.rows_per_update, recompute, may_recompute=settings.recomputes is None
         )
+        evaluation = _evaluation(model, batches, tokens, chosen, resume)
         progress = console.Progress(order.updates, settings.logging_steps, len(metrics))
         trainer = UpdateTrainer(
-            model, arguments, tokens.dataset, updates, metrics, progress, stop, settings.save_total_limit
+            model, arguments, tokens.dataset, updates, metrics, progress, stop, settings, evaluation
         )
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        if resume is not None and checkpoints.is_last(resume):
+        if resume is not None and (checkpoints.is_last(resume) or ended_early(resume, settings)):
             # killed while merging: transformers would make one update more
             trainer._load_from_checkpoint(str(resume))
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        best = evaluation.points.best if evaluation and settings.load_best_model_at_end else None
+        if stop.signal is None and best is not None and best != metrics[-1]["step"]:
+            print(f"taking the adapter after update {best}, which had the lowest loss on held-out rows", flush=True)
+            trainer._load_from_checkpoint(str(folder / f"checkpoint-{best}"))
     progress.close()
     if stop.signal is not None:
         print(f"stopped at update {trainer.state.global_step}; the same command goes on from there", flush=True)
@@ -132,7 +142,40 @@ def fit(
         started_s=trainer.started_s,
         peak_gib=peak_gib(),
         plan=updates.plan,
+        course=_course(evaluation, best or int(metrics[-1]["step"]), best is not None),
     )
+
+
+def _evaluation(
+    model: PeftModel, batches: MicroBatches, tokens: Tokens, chosen: plan.Plan, resume: Path | None
+) -> Evaluation | None:
+    """What measures on the held-out rows, after it has measured the base or taken up what the resumed run has measured."""
+    if tokens.held_out is None or not tokens.held_out.rows:
+        return None
+    # a piece is no larger than the largest of training, where that is known
+    most = max(chosen.tokens, tokens.longest) if chosen.tokens else None
+    made = Evaluation(model, batches, tokens.held_out.rows, chosen.micro_batch, most, tokens.longest)
+    points = Points.load(resume) if resume is not None else None
+    if made.cut:
+        print(
+            f"held out: of {made.cut} rows only the first {tokens.longest} tokens count, as many as the longest trained row has",
+            flush=True,
+        )
+    if points is not None and points.labels == made.points.labels:
+        made.points = points
+    elif resume is None:
+        with console.stage("evaluating", f"measuring the loss on {len(made.rows)} held-out rows"):
+            loss = made.measure(0)
+        if loss is not None:
+            print(f"held-out loss {loss:.4f} before training", flush=True)
+    return made
+
+
+def _course(evaluation: Evaluation | None, kept: int, best: bool) -> Course | None:
+    """What the measurements say of a run that kept the adapter of update `kept`; None: it was not measured at both ends."""
+    if evaluation is None or not {0, kept} <= set(evaluation.points.of):
+        return None
+    return Course(evaluation.points, kept, best, evaluation.cut, evaluation.seconds)
 
 
 def order_of(settings: Settings, tokens: Tokens) -> Order:

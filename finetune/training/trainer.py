@@ -18,8 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from finetune import console, files
 from finetune.errors import Diverged
 from finetune.machine import memory, signals
+from finetune.settings import Settings
 from finetune.training import checkpoints
 from finetune.training.batches import Row
+from finetune.training.evaluate import Evaluation, Measuring
 from finetune.training.update import Updates
 
 
@@ -87,16 +89,19 @@ class UpdateTrainer(Trainer):
 
     def __init__(
         self, model: Any, args: Any, dataset: Any, updates: Updates, metrics: list[dict[str, float]],
-        progress: console.Progress, stop: Stop, keep: int,
+        progress: console.Progress, stop: Stop, settings: Settings, evaluation: Evaluation | None,
     ):  # fmt: skip
-        """keep: checkpoints that stay."""
+        """evaluation: measures on held-out rows; None: there are none."""
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=_as_they_are)
-        self.updates, self.metrics, self.progress, self.keep = updates, metrics, progress, keep
+        self.updates, self.metrics, self.progress, self.evaluation = updates, metrics, progress, evaluation
+        self.keep, self.keeps_best = settings.save_total_limit, settings.load_best_model_at_end
         self.folder = Path(args.output_dir)
         self.first_step_s = self.started_s = 0.0
-        self.tokens, self.clock = 0, time.perf_counter()
+        self.tokens, self.clock, self.measured = 0, time.perf_counter(), evaluation.seconds if evaluation else 0.0
         self.accelerator.device_placement = False  # all of it is where it belongs, the embedding perhaps on the host
         self.remove_callback(PrinterCallback)
+        if evaluation is not None:
+            self.add_callback(Measuring(evaluation, settings))
         self.add_callback(StopAtStep(stop))
 
     # One update
@@ -126,8 +131,9 @@ class UpdateTrainer(Trainer):
         super().log(logs, start_time)
 
     def _note(self, logs: dict[str, float]) -> None:
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        now, measured = time.perf_counter(), self.evaluation.seconds if self.evaluation else 0.0
+        seconds = now - self.clock - (measured - self.measured)
+        self.clock, self.measured = now, measured
         left_out = self._left_out()
         row = dict(
             step=self.state.global_step,
@@ -140,6 +146,8 @@ class UpdateTrainer(Trainer):
             tokens_per_s=round(self.tokens / seconds, 1),
             memory_gib=round(peak_gib(), 3),
         )
+        if self.evaluation and row["step"] in self.evaluation.points.of:
+            row["eval_loss"] = logs["eval_loss"] = self.evaluation.points.mean(self.state.global_step)
         self.tokens = 0
         if not self.first_step_s:
             self.first_step_s, self.started_s = seconds, process_age()
@@ -184,11 +192,18 @@ class UpdateTrainer(Trainer):
         written = self.folder / "partial" / name
         files.write_json(written / "metrics.json", self.metrics)
         files.write_json(written / "plan.json", dataclasses.asdict(self.updates.plan))
+        best = None
+        if self.evaluation is not None:
+            self.evaluation.points.save(written)
+            best = self.evaluation.points.best if self.keeps_best else None
+        if best is not None:
+            files.write_json(written / checkpoints.BEST, f"checkpoint-{best}")
         files.write_json(written / "sha256.json", files.digests(written))
         files.publish(written, self.folder / name)
         files.remove(self.folder / "partial", ignore_errors=True)
         for old in checkpoints.folders(self.folder)[: -self.keep]:
-            files.remove(old)
+            if old.name != f"checkpoint-{best}":
+                files.remove(old)
         self.clock = time.perf_counter()
 
 

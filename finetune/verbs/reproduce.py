@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.errors import NotReproduced, SettingsError
 from finetune.run import folder, recipe, restore
-from finetune.run.record import Record, shown, weights
+from finetune.run.record import OLDER, Record, shown, weights
 from finetune.settings import Settings, declarations
 
 # where inputs stand; what they are is known by their hashes
@@ -98,7 +98,9 @@ def _facts(record: Record) -> Iterator[tuple[str, Any]]:
     """All that may decide the weights, each under its name, the likeliest reasons first."""
     free = {d.name for d in declarations() if d.free}
     yield from ((f"engine {key}", value) for key, value in record["engine"].items() if key != "reason")
-    for name, value in record["settings"].items():
+    known = (d for d in declarations() if not (d.secret or d.unless))
+    newer = {d.name: list(d.default) if isinstance(d.default, tuple) else d.default for d in known}  # than the record
+    for name, value in {**newer, **OLDER, **record["settings"]}.items():
         if name not in free | PLACES:
             yield f"setting {name}", value
     yield "model commit", record["model"]["commit"]

@@ -57,6 +57,10 @@ VERBS = {
             make='ask Q="…"',
         ),
         Verb(
+            "eval",
+            "measure base, adapter and merged weights in OUTPUT_DIR on rows that were not trained; trains nothing",
+        ),
+        Verb(
             "push",
             "publish what an earlier run left in OUTPUT_DIR; needs no GPU",
             make="push-hub",

@@ -62,7 +62,22 @@ class Sums:
         self.unreached = {name for name, pair in pairs if not all(bool(factor.any()) for factor in pair)}
         # only of the tensors in work: for an 8B model the whole adapter in float64 takes 0.3 GB of the card at rank 16,
         # 5 GB at 256
-        self.factors = functools.lru_cache(2 * WORKERS)(lambda name: [f.to(device) for f in self.targets[name]])
+        self.factors = functools.lru_cache(2 * WORKERS)(self._factors)
+
+    def begin_thread(self) -> None:
+        """For a thread that makes sums: its own stream. On the common one each would wait for what the model computes meanwhile."""
+        if self.device == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream())
+
+    def _factors(self, name: str) -> list[Tensor]:
+        moved = [factor.to(self.device) for factor in self.targets[name]]
+        self._arrived()
+        return moved
+
+    def _arrived(self) -> None:
+        """Wait until what this thread gave to the GPU is there. Only then may another thread use it, or its memory be used again."""
+        if self.device == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def merged(self, block: Block) -> tuple[Tensor, Tensor]:
         """The block of the base in the type of the merge, and what it becomes: the sum, the trained bias, or itself."""
@@ -73,7 +88,9 @@ class Sums:
         left, right = self.factors(block.name)
         exact = weight.to(self.device).to(torch.float64, copy=True)
         exact.addmm_(left[block.row : block.row + len(weight)], right, alpha=self.scale)
-        return before, exact.to(before.dtype)
+        merged = exact.to(before.dtype)
+        self._arrived()
+        return before, merged
 
     def counts(self) -> Counts:
         """The counts of what was checked."""

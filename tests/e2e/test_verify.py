@@ -63,7 +63,7 @@ def tampered(output: Path, path: Path, change: Callable[[dict[str, torch.Tensor]
 
 def recorded(output: Path, path: Path) -> None:
     record = json.loads((output / "run.json").read_text())
-    record["files"] |= records.entries(output, [str(path.relative_to(output))])
+    record["files"] |= records.entries(output, [str(path.relative_to(output))], {})
     (output / "run.json").write_text(json.dumps(record))
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import tiny
 from conftest import QUICK, ROOT, call, train
+from unit.test_held_out import file
 
 ON_GPU = {"CUDA_VISIBLE_DEVICES": "0", "MAX_STEPS": "8", "WARMUP_STEPS": "0", "LEARNING_RATE": "1e-2"}
 
@@ -56,6 +58,23 @@ def test_unsloth_answers_before_and_after(llama: Path, tmp_path: Path) -> None:
     """Its own generation changes the model, and training goes on after it."""
     trained(train(llama, tmp_path, ENGINE="unsloth", **{**ON_GPU, "MAX_NEW_TOKENS": "8"}))
     adapter(tmp_path)
+
+
+def test_measuring_held_out_rows_changes_no_byte_of_training(llama: Path, tmp_path: Path) -> None:
+    """On the compiled path, with memory below that of training."""
+    rows = file(tmp_path / "rows.jsonl", range(80))
+    values = {"DATASET_NAME": rows, "DATASET_CONFIG": "", "DATASET_SPLIT": "train[0:40]", "SAVE_MERGED": 0, **ON_GPU}
+    without = train(llama, tmp_path / "without", EVAL_ROWS=0, **values)
+    found = train(llama, tmp_path / "with", EVAL_STEPS=4, MAX_NEW_TOKENS=16, **values)
+    assert found["engine"]["compiled"] and found["training"]["losses"] == without["training"]["losses"]
+    assert all(
+        torch.equal(value, adapter(tmp_path / "without")[name]) for name, value in adapter(tmp_path / "with").items()
+    )
+    assert found["evaluation"]["rows"] == 40 and found["evaluation"]["change"]["high"] < 0
+    assert found["memory"]["training_gib"] <= 1.01 * without["memory"]["training_gib"]
+    assert len(found["samples"]["held_out"]) == 3 and all(
+        row["before"] and row["after"] for row in found["samples"]["held_out"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4"])

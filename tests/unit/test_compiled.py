@@ -163,6 +163,38 @@ def test_a_row_changes_no_other_row_s_loss(folder: Path, device: str) -> None:
     assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] + [True] * 4
 
 
+@pytest.mark.parametrize("common", [0, COMMON])
+def test_each_row_s_measured_loss_is_that_of_a_float32_reference(folder: Path, device: str, common: int) -> None:
+    """Also of rows that do not begin as the trained ones do: shorter than the shared prefix, or with other tokens in it."""
+    some, dtype = rows(), torch.float32 if device == "cpu" else torch.bfloat16
+    odd = [dict(input_ids=[5, 6, 7], labels=[5, 6, 7]), dict(input_ids=[9] * 60, labels=[-100] * 30 + [9] * 30)]
+    expected = []
+    exact = adapted(folder, "cpu", torch.float32)
+    for row in [*some, *odd]:
+        with torch.no_grad():
+            logits = exact(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        target = torch.tensor(row["labels"][1:])
+        expected.append(float(torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")))
+    model = adapted(folder, device, dtype)
+    with compiled.applied(model, len(some), 200, device, common) as packed:
+        found = [*packed.losses(some), *packed.losses(odd[:1]), *packed.losses(odd[1:])]
+        assert found == [*packed.losses(some), *packed.losses(odd[:1]), *packed.losses(odd[1:])]
+        assert found == pytest.approx(expected, rel=1e-5 if device == "cpu" else 5e-3)
+        assert packed.losses(some[3:5]) == pytest.approx(expected[3:5], rel=1e-5 if device == "cpu" else 5e-3)
+        beginnings = [packed.beginning(row) for row in [*some, *odd]]
+    assert len(set(beginnings)) == (3 if common else 1) and model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_nothing_drops_while_rows_are_measured(folder: Path, device: str) -> None:
+    model = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16, dropout=0.5)
+    with compiled.applied(model, 8, 200, device, COMMON) as packed:
+        state = torch.random.get_rng_state()
+        first = packed.losses(rows())
+        assert packed.losses(rows()) == first and torch.equal(torch.random.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+
+
 def test_a_shared_prefix_is_computed_once(folder: Path, device: str) -> None:
     model, some = adapted(folder, device, torch.float32 if device == "cpu" else torch.bfloat16), rows()
     sizes = [len(row["input_ids"]) for row in some]

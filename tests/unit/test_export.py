@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import tiny
 from conftest import environment
 from finetune import files
 from finetune.errors import MachineError, MergeError, SettingsError
+from finetune.run import record as records
 from finetune.run import report
 from finetune.sources.model import Source
 from finetune.weights import adapter as adapters
-from finetune.weights import layout, merge, shards
+from finetune.weights import layout, merge, shards, sums
 from finetune.weights.compare import compare
 from finetune.weights.sums import Counts
 
@@ -137,6 +139,44 @@ def test_the_same_bytes_for_any_number_of_threads_and_workers(tmp_path: Path, mo
     assert found[0] == found[1] == found[2]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base" and str(tmp_path) not in json.dumps(config)
+
+
+def test_a_merge_goes_on_meanwhile_and_knows_its_hashes(tmp_path: Path) -> None:
+    folder = tiny.model(tmp_path / "base", shards=True)
+    adapted(folder, tmp_path)
+    with merge.meanwhile(Source("base", None, folder), tmp_path, "cpu", {}, wanted=True) as merging:
+        pass
+    done = merging.result()
+    assert done and len(done.sha256) == 3
+    assert done.sha256.items() <= files.digests(tmp_path, records.below(tmp_path)).items()
+    with merge.meanwhile(Source("base", None, folder), tmp_path, "cpu", {}, wanted=False) as merging:
+        pass
+    assert merging.result() is None
+
+
+def test_a_merge_ends_with_what_went_on_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal, or memory that runs out, while the model answers: no part of the merged weights stays."""
+    folder = tiny.model(tmp_path / "base", shards=True)
+    adapted(folder, tmp_path)
+    monkeypatch.setattr(merge, "GROUP", 1)  # so that there is a block left to make
+    begun, go_on, write = threading.Event(), threading.Event(), sums.Sums.write
+
+    def waits(self: sums.Sums, block: sums.Block) -> None:
+        begun.set()
+        go_on.wait(30)
+        write(self, block)
+
+    monkeypatch.setattr(sums.Sums, "write", waits)
+
+    def fails() -> None:
+        with merge.meanwhile(Source("base", None, folder), tmp_path, "cpu", {}, wanted=True):
+            begun.wait(30)
+            threading.Timer(0.2, go_on.set).start()
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit, match="143"):
+        fails()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("merged")]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

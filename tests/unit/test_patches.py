@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -42,6 +43,14 @@ def test_what_is_kept_out_is_not_found_and_what_is_imported_stays(
         assert importlib.import_module("json").loads("1") == 1
     finally:
         del sys.modules["kept_out"]
+
+
+def test_packages_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = importlib.metadata.packages_distributions
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", made)  # to be set back
+    patches.list_packages_once()
+    listed = importlib.metadata.packages_distributions()
+    assert listed is importlib.metadata.packages_distributions() and listed.keys() == made().keys()
 
 
 @pytest.mark.parametrize(("optim", "waits"), [("adamw_8bit", 0), ("paged_adamw_8bit", 2)])

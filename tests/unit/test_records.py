@@ -70,6 +70,18 @@ def test_settings_come_from_the_record_and_the_line_alone(tmp_path: Path) -> Non
     assert settings.record() == wanted and settings.sample_question == TEXT
 
 
+def test_a_record_older_than_held_out_rows_held_none_out(tmp_path: Path) -> None:
+    old, new = record(), record()
+    for name in [name for name in old["settings"] if name.startswith(("EVAL_", "EARLY_", "LOAD_BEST"))]:
+        del old["settings"][name]
+    settings = Settings.from_env(*restore.restore(written(tmp_path, old), {}, {}))
+    assert settings.eval_rows == 0 and settings.eval_split == "auto"
+    new["settings"]["EVAL_ROWS"] = 0
+    assert not reproduce.differences(old, new)  # type: ignore[arg-type]
+    new["settings"]["EVAL_ROWS"] = 64
+    assert reproduce.differences(old, new) == [("setting EVAL_ROWS", "0", "64")]  # type: ignore[arg-type]
+
+
 def test_a_record_under_another_name_has_a_folder_of_its_own(tmp_path: Path) -> None:
     path = written(tmp_path, record()).rename(tmp_path / "smoke.json")
     assert restore.restore(path, {}, {})[1]["OUTPUT_DIR"] == str(tmp_path / "smoke-reproduced")
@@ -323,7 +335,7 @@ def test_tokens_are_only_spoken_of_where_rows_and_model_are_the_recorded_ones() 
         parts: list[Any] = [
             source,
             SimpleNamespace(name="rows.jsonl", sha256=SHA),
-            SimpleNamespace(sha256=tokens, date=None),
+            SimpleNamespace(sha256=tokens, date=None, held_out=None),
         ]
         with pytest.raises(SettingsError) as caught:
             inputs.check(*parts, wanted)

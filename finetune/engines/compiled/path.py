@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from finetune.data import IGNORE_INDEX
 from finetune.engines import passes
 from finetune.engines.compiled import attention, lora_linear, shared_prefix
 from finetune.engines.compiled.cross_entropy import CrossEntropy
+from finetune.engines.token_losses import token_losses
 from finetune.files import sha256
 
 if TYPE_CHECKING:
@@ -81,6 +83,14 @@ def _any_length(states: torch.Tensor, *dimensions: int) -> torch.Tensor:
     return states
 
 
+def _at_least(row: dict[str, list[int]], tokens: int) -> dict[str, list[int]]:
+    """The row, filled up behind its end with tokens that no loss is on, which change nothing before them."""
+    lacking = max(0, tokens - len(row["input_ids"]))
+    return dict(
+        input_ids=row["input_ids"] + row["input_ids"][-1:] * lacking, labels=row["labels"] + [IGNORE_INDEX] * lacking
+    )
+
+
 @dataclasses.dataclass
 class Packed:
     """How a micro-batch of `model` is made and computed. max_rows, longest: bounds on its rows and on their tokens.
@@ -127,13 +137,44 @@ class Packed:
         """Summed cross entropy of these rows, at most `max_rows`, divided by `count`: the labels of the whole update. With its graph."""
         base: Any = self.model.get_base_model()
         batch = self.pack(rows)
-        labels, weights, embedding = batch.pop("labels"), batch.pop("weights"), base.model.embed_tokens
+        labels, weights = batch.pop("labels"), batch.pop("weights")
+        hidden = self._states(batch)
+        total: torch.Tensor = CrossEntropy.apply(hidden[0, :-1], base.lm_head.weight, labels[1:], weights[1:])
+        return total / count
+
+    def losses(self, rows: Sequence[dict[str, list[int]]]) -> list[float]:
+        """Summed cross entropy of each row, to measure. The rows begin with the same `shared` + 1 tokens and labels: see `beginning`.
+
+        The pass is that of training, with its gradients switched on and never taken: without them, or in evaluation mode, each
+        layer would be compiled a second time, which takes longer than the measurement.
+        """
+        base: Any = self.model.get_base_model()
+        rows = [_at_least(row, self.shared + 2) for row in rows]
+        batch = self.pack(rows)
+        labels, weights = batch.pop("labels"), batch.pop("weights")
+        with passes.without_dropout(self.model):
+            hidden = self._states(batch)[0, :-1].detach()  # from here on its activations are gone
+        each = (token_losses(hidden, labels[1:], base.lm_head.weight) * (weights[1:] > 0)).double().cpu().numpy()
+        ends = np.cumsum([self.shared, *(len(row["input_ids"]) - self.shared for row in rows)])
+        common = each[
+            : self.shared
+        ].sum()  # of all tokens that are the same in every row: `each` begins with the second one's
+        return [float(common + each[a : b - 1].sum()) for a, b in itertools.pairwise(ends)]
+
+    def beginning(self, row: dict[str, list[int]]) -> tuple[int, ...]:
+        """What rows of one micro-batch have to have in common."""
+        same = self.shared + 1 if self.shared else 0
+        return (*row["input_ids"][:same], *row["labels"][:same])
+
+    def _states(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The last hidden states (1, tokens, width) of what `pack` made, without labels and weights. With their graph."""
+        base: Any = self.model.get_base_model()
+        embedding = base.model.embed_tokens
         inputs = embedding(batch.pop("input_ids").to(embedding.weight.device)).to(self.device)
         # The first layer's input needs no gradient; where it claims one, the first layer is compiled like all others.
         batch["inputs_embeds"] = _any_length(inputs.requires_grad_(), 1)
-        hidden = base.model(**batch, attention_mask=None, use_cache=False).last_hidden_state
-        total: torch.Tensor = CrossEntropy.apply(hidden[0, :-1], base.lm_head.weight, labels[1:], weights[1:])
-        return total / count
+        hidden: torch.Tensor = base.model(**batch, attention_mask=None, use_cache=False).last_hidden_state
+        return hidden
 
     def movable(self) -> int:
         """Bytes on the GPU that `place_embedding` frees: none where the last layer uses the same weights."""

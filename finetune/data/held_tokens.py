@@ -1,0 +1,51 @@
+"""Held-out rows as tokens, without near-duplicates of trained rows."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from finetune.data.formats import Format
+from finetune.data.held_out import HeldOut, Question, Row
+from finetune.data.near_duplicates import blocks, near_duplicates
+from finetune.data.rows import Held, refuse
+from finetune.settings import Settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def encoded(
+    held: Held, form: Format, encode: Callable[[Row], Row], trained: Dataset, common: int, settings: Settings
+) -> HeldOut:
+    """Tokens of the rows that are held out, EVAL_ROWS at the most. form, encode: of their texts and tokens; trained, common: see `Tokens`.
+
+    Raises SettingsError that names bad rows, where the user named these rows or would have trained them.
+    """
+    rows = [encode(row) for row in held.rows]
+    bad = [f"{place}: {row['problem']}" for place, row in zip(held.places, rows, strict=True) if row["problem"]]
+    if held.strict:
+        refuse(bad, len(rows), settings, "what a row says has to be measured")
+    # a label is an id, or below 0; the first is not counted, because no token before it predicts it
+    good = [index for index, row in enumerate(rows) if any(label >= 0 for label in row["labels"][1:])]
+    known = near_duplicates([rows[index]["input_ids"] for index in good], blocks(trained), common) if good else []
+    free = [index for index, twice in zip(good, known, strict=True) if not twice][: settings.eval_rows]
+    looked_at = good.index(free[-1]) + 1 if len(free) == settings.eval_rows else len(good)
+    texts = [form.text(held.rows[index]) for index in free[: settings.eval_questions]]
+    digest = hashlib.sha256()
+    for ids, labels in ((rows[index]["input_ids"], rows[index]["labels"]) for index in free):
+        digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
+    return HeldOut(
+        name=held.name,
+        rows=[{name: rows[index][name] for name in ("input_ids", "labels")} for index in free],
+        places=[held.places[index] for index in free],
+        questions=[
+            Question(text.text[: text.answers[-1][0]], text.text[slice(*text.answers[-1])].strip()) for text in texts
+        ],
+        truncated=sum(rows[index]["truncated"] for index in free),
+        dropped=held.dropped + len(rows) - len(good),
+        duplicates=sum(known[:looked_at]),
+        sha256=digest.hexdigest(),
+    )
