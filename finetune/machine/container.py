@@ -13,6 +13,7 @@ ROOT = Path("/")
 PROGRAM = Path(__file__).resolve().parent.parent.parent
 CACHE = '-v "$PWD/cache:/cache"'
 VOLUMES = f'-v "$PWD/outputs:/outputs" {CACHE}'
+KEEP_ID = "--userns=keep-id:uid=1000,gid=1000"  # the image's user is then who started podman (4.3 and newer)
 IDENTITY = ["0", "0", "4294967295"]
 
 
@@ -45,7 +46,7 @@ def image(program: Path = PROGRAM) -> bool:
 def command(environ: Mapping[str, str], options: str = VOLUMES, root: Path = ROOT) -> str:
     """How a container with a GPU is started here, with volumes that keep results and model."""
     if kind(environ, root) == "podman":
-        flags = "--userns=keep-id --security-opt=label=disable --device nvidia.com/gpu=all"
+        flags = f"{KEEP_ID} --security-opt=label=disable --device nvidia.com/gpu=all"
         return f"podman run {flags} {options} IMAGE"
     return f"docker run --gpus all {options} IMAGE"
 
@@ -74,8 +75,8 @@ def owner(environ: Mapping[str, str], folder: Path, root: Path = ROOT) -> str:
         return f"with Docker add --user $(id -u):$(id -g), and mount a folder that you made: {mounted(folder)}"
     if here == "podman":
         return (
-            "with rootless podman add --userns=keep-id (or mount with -v …:/outputs:U), and --security-opt=label=disable "
-            "where SELinux is on"
+            f"with rootless podman add {KEEP_ID} (or mount with -v …:/outputs:U), and --security-opt=label=disable where SELinux "
+            "is on"
         )
     return "users are renumbered in here (rootless Docker): add --user 0:0, which is you outside of the container"
 
