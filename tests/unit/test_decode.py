@@ -34,9 +34,11 @@ PROMPTS = [
 LIMIT = 40
 
 
-def model(folder: Path, kind: str, four_bits: bool = False, adapted: bool = True) -> Any:
+def model(
+    folder: Path, kind: str, four_bits: bool = False, adapted: bool = True, initializer_range: float = 0.3
+) -> Any:
     """A tiny model that does not repeat itself, with an adapter that says something."""
-    base = tiny.model(folder / kind, kind, initializer_range=0.3, **KINDS[kind])
+    base = tiny.model(folder / kind, kind, initializer_range=initializer_range, **KINDS[kind])
     nf4 = (
         dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")) if four_bits else {}
     )
