@@ -23,6 +23,7 @@ SILENCE, SILENCE_LATER, PATIENT = 5, 30, 60  # seconds between two lines, later 
 
 _state: Path | None = None
 _timeout = 0.0
+_note: Path | None = None
 
 
 def beat_in(folder: Path, timeout: float) -> None:
@@ -35,10 +36,24 @@ def beat_in(folder: Path, timeout: float) -> None:
         _state = None  # a health check then finds none, and training goes on
 
 
+def note_in(path: Path | None) -> None:
+    """Keep the name of the phase in the file `path` from now on, or no longer. It outlives a process that is killed."""
+    global _note
+    _note = path
+    _write_note("starting")
+
+
+def _write_note(phase: str) -> None:
+    if _note is not None:
+        with contextlib.suppress(OSError):
+            _note.write_text(json.dumps(dict(phase=phase, time=time.time())), encoding="utf-8")
+
+
 def phase(name: str, line: str) -> None:
     """Announce what begins now."""
     print(line, flush=True)
     beat(name)
+    _write_note(name)
 
 
 @contextlib.contextmanager

@@ -436,7 +436,7 @@ class Declaration:
             try:
                 raw = Path(file).read_text(encoding="utf-8").strip()
             except (OSError, ValueError) as error:  # not UTF-8, or a name with a NUL
-                reason = getattr(error, "strerror", None) or "not a text file"
+                reason = _closed(file) or getattr(error, "strerror", None) or "not a text file"
                 raise ValueError(
                     f"{self.name}_FILE{shown}: cannot be read ({reason}); it takes the path of a file that holds "
                     f"nothing but the secret, for example {self.name}_FILE=/run/secrets/{self.field}"
@@ -485,6 +485,20 @@ class Declaration:
         raise ValueError(
             f"{self.name}={raw}: not allowed{hint}; it takes {self.allowed()}, for example {self.name}={example}"
         )
+
+
+def _closed(file: str) -> str | None:
+    """Who may read a file that this user may not, and the way out; None: it is not that."""
+    try:
+        if os.access(file, os.R_OK):
+            return None
+        found = os.stat(file)
+    except OSError:
+        return None
+    return (
+        f"it belongs to user {found.st_uid} with mode {found.st_mode & 0o7777:04o}, and this is user {os.getuid()}: run as its owner "
+        f"(docker run --user {found.st_uid}:{found.st_gid}), or chown {os.getuid()} {file}"
+    )
 
 
 def declarations() -> tuple[Declaration, ...]:
@@ -550,7 +564,16 @@ def _unknown(names: Mapping[str, str], *, strict: bool) -> Iterator[str]:
         elif strict and upper.startswith(_LIBRARIES):
             yield f"{name}: is a variable of the libraries and no setting; set it in the environment or in .env, and not here"
         elif strict:
-            yield f"{name}: there is no such setting; `env` lists them all, for example MAX_STEPS=60"
+            near = _nearest(upper, known)
+            yield f"{name}: there is no such setting; {near}`env` lists them all, for example MAX_STEPS=60"
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    """For a name with more than one slip."""
+    import difflib  # takes some milliseconds, and only a mistake needs it
+
+    found = difflib.get_close_matches(name, sorted(known), 1, 0.75)
+    return f"did you mean {found[0]}? " if found else ""
 
 
 def _one_slip(a: str, b: str) -> bool:

@@ -79,7 +79,7 @@ def fit(
 
     recorded: the plan of a recorded run. It is followed, because other pieces would round differently.
 
-    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Diverged where the loss is no longer a number,
+    Raises SystemExit(143) after SIGTERM, 130 after SIGINT, 129 after SIGHUP; Diverged where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
     """
     tracking.begin(settings)
@@ -94,7 +94,7 @@ def fit(
     model.train()  # a new PeftModel says that it is in training mode, but the base inside it is not
     order = order_of(settings, tokens)
     with (
-        stop.on_signals(),
+        stop.on_signals(metrics),
         _deterministic(choice.deterministic),
         patches.optimizer_does_not_wait(settings.optim),
         engine.path(model, choice.compiled, settings.rows_per_update, tokens.longest, tokens.common) as packed,
