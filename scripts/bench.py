@@ -101,7 +101,7 @@ def run(name: str, steps: int, timeout: float, out: Path, work: Path) -> dict[st
 def workload(work: Path, folder: Path, steps: int) -> dict[str, str]:
     """Settings for updates on the standard workload and nothing else; results go to `folder`."""
     values = {
-        "MODEL_NAME": work / "model", "DATASET_NAME": work / "rows.json", "MAX_STEPS": steps, "MAX_NEW_TOKENS": 0,
+        "MODEL_NAME": work / "model", "DATASET_NAME": work / "rows.json", "MAX_STEPS": steps, "MAX_NEW_TOKENS": 0, "EVAL_ROWS": 0,
         "SAVE_STEPS": 0, "SAVE_MERGED": 0, "LOGGING_STEPS": 1, "OVERWRITE": 1, "OUTPUT_DIR": folder,
     }  # fmt: skip
     return {name: str(value) for name, value in values.items()}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +12,7 @@ from finetune.data.checked import kept, refuse
 from finetune.data.held_out import Places
 from finetune.data.origin import Placed, Source
 from finetune.data.reading import Row
-from finetune.errors import Refusal, SettingsError
+from finetune.errors import SettingsError
 from finetune.settings import Settings
 
 
@@ -36,7 +34,7 @@ class Held:
 def places(settings: Settings, source: Source) -> Places:
     """Which rows of a source are trained, and which are held out. Rows are only counted as far as is needed to know."""
     split, spare = settings.dataset_split, held_out.SPARE * settings.eval_rows
-    inside = bool(settings.eval_rows) and not elsewhere(settings)
+    inside = bool(settings.eval_rows) and not held_out.elsewhere(settings)
     last = origin.end(split)
     if inside and settings.eval_split != "auto":
         last = None
@@ -64,22 +62,25 @@ def again(settings: Settings, source: Source, stored: dict[str, Any]) -> Held | 
     """The held-out rows that a store keeps, or those from elsewhere; None: none are asked for."""
     if not settings.eval_rows:
         return None
-    if elsewhere(settings):
+    if held_out.elsewhere(settings):
         return held_elsewhere(settings)
     return _told(settings.dataset_name, source, stored)
 
 
 def held_elsewhere(settings: Settings) -> Held:
     """The rows that EVAL_DATASET_NAME and EVAL_SPLIT name, whatever is trained. Raises SettingsError where there are none, or bad ones."""
-    there = measured(settings)
-    with named_for_evaluation(settings):
+    there = held_out.measured(settings)
+    with held_out.named_by_its_setting(settings):
         source = origin.of(there)
         last = origin.end(there.dataset_split)
         taken = origin.taken(there.dataset_split, source.count(last))
         wanted = min(len(taken), held_out.SPARE * settings.eval_rows)
         found = [*itertools.islice(source.rows(taken.start), wanted)]
         if not found:
-            raise SettingsError(f"DATASET_NAME={there.dataset_name}: holds no rows in {there.dataset_split}")
+            raise SettingsError(
+                f"DATASET_SPLIT={there.dataset_split}: {there.dataset_name} holds no rows there; name others, for example "
+                "DATASET_SPLIT=train[500:564]"
+            )
     return _told(there.dataset_name, source, _checked(found, source, True, settings))
 
 
@@ -106,47 +107,13 @@ def _told(name: str, source: Source, stored: dict[str, Any]) -> Held:
     return Held(name, stored["rows"], stored["format"], stored["dropped"], places, stored["strict"])
 
 
-def measured(settings: Settings) -> Settings:
-    """Settings that read the rows of EVAL_DATASET_NAME and EVAL_SPLIT as if they were trained."""
-    other = settings.eval_dataset_name not in (None, settings.dataset_name)
-    return settings.replaced(
-        dataset_name=settings.eval_dataset_name or settings.dataset_name,
-        dataset_config=None if other else settings.dataset_config,
-        dataset_revision="main" if other else settings.dataset_revision,
-        dataset_split="train" if settings.eval_split == "auto" else settings.eval_split,
-        eval_rows=0,
-    )
-
-
-def elsewhere(settings: Settings) -> bool:
-    """Whether the held-out rows are not of the split that is trained."""
-    if settings.eval_dataset_name not in (None, settings.dataset_name):
-        return True
-    split = settings.eval_split
-    return split != "auto" and origin.name_of(split) != origin.name_of(settings.dataset_split)
-
-
 def missing(settings: Settings) -> Iterator[str]:
     """What is wrong with the files or folders that DATASET_NAME and EVAL_DATASET_NAME name, in sentences."""
     yield from locate.missing(settings)
     if settings.eval_rows and settings.eval_dataset_name not in (None, settings.dataset_name):
         try:
-            with named_for_evaluation(settings):
-                if problems := [*locate.missing(measured(settings))]:
+            with held_out.named_by_its_setting(settings):
+                if problems := [*locate.missing(held_out.measured(settings))]:
                     raise SettingsError(*problems)
         except SettingsError as error:
             yield from error.problems
-
-
-@contextlib.contextmanager
-def named_for_evaluation(settings: Settings) -> Iterator[None]:
-    """Let refusals name the settings that the held-out rows come from."""
-    try:
-        yield
-    except Refusal as refusal:
-        said = map(_of_evaluation, refusal.problems) if settings.eval_dataset_name else refusal.problems
-        raise type(refusal)(*(re.sub(r"\bDATASET_SPLIT=", "EVAL_SPLIT=", problem) for problem in said)) from None
-
-
-def _of_evaluation(problem: str) -> str:
-    return re.sub(r"\bDATASET_NAME=", "EVAL_DATASET_NAME=", problem)

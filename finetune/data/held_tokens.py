@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ from finetune import files
 from finetune.data.checked import refuse
 from finetune.data.encoder import Encoder
 from finetune.data.formats import Format
+from finetune.data.formats.base import Text
 from finetune.data.held_out import HeldOut, Question
 from finetune.data.held_rows import Held
 from finetune.data.near_duplicates import near_duplicates
@@ -36,7 +38,8 @@ def encoded(
     known = _known([rows[index]["input_ids"] for index in good], trained, common, folder)
     free = [index for index, twice in zip(good, known, strict=True) if not twice][: settings.eval_rows]
     looked_at = good.index(free[-1]) + 1 if len(free) == settings.eval_rows else len(good)
-    texts = [form.text(held.rows[index]) for index in free[: settings.eval_questions]]
+    texts = (form.text(held.rows[index]) for index in free)
+    asked = itertools.islice((found for text in texts if (found := question(text))), settings.eval_questions)
     digest = hashlib.sha256()
     for ids, labels in ((rows[index]["input_ids"], rows[index]["labels"]) for index in free):
         digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
@@ -44,9 +47,7 @@ def encoded(
         name=held.name,
         rows=[{name: rows[index][name] for name in ("input_ids", "labels")} for index in free],
         places=[held.places[index] for index in free],
-        questions=[
-            Question(text.text[: text.answers[-1][0]], text.text[slice(*text.answers[-1])].strip()) for text in texts
-        ],
+        questions=list(asked),
         truncated=sum(rows[index]["truncated"] for index in free),
         dropped=held.dropped + len(rows) - len(good),
         duplicates=sum(known[:looked_at]),
@@ -64,3 +65,12 @@ def _known(held: list[list[int]], trained: TokenRows, common: int, folder: Path)
     found = near_duplicates(held, trained.blocks(), common) if held else []
     files.write_json(file, found)
     return found
+
+
+def question(text: Text) -> Question | None:
+    """A row's training text as a question, up to its last answer; None: it holds no question, as a plain text."""
+    if not text.answers:
+        return None
+    start, end = text.answers[-1]
+    prompt = text.text[:start]
+    return Question(prompt, text.text[start:end].strip()) if prompt.strip() else None

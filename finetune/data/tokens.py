@@ -119,10 +119,8 @@ def tokenize(
     MachineError where a process was killed.
     """
     date = date or datetime.date.today()
-    made = format_of(rows.format, tokenizer, settings, date)
-    encoder = Encoder(
-        made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on != "all"
-    )
+    work = encoder(rows, tokenizer, settings, date, own_file)
+    made = work.format
     key = dict(
         version=store.version(),
         rows=[rows.sha256, len(rows), rows.format],
@@ -133,11 +131,11 @@ def tokenize(
     )
     from finetune.data import held_tokens, tokenized  # numpy takes a tenth of a second, and `check` needs none
 
-    dataset, lengths, said, folder = tokenized.tokenized(rows, encoder, settings, key)
+    dataset, lengths, said, folder = tokenized.tokenized(rows, work, settings, key)
     held = rows.held
     if held is not None:
         form = format_of(held.format, tokenizer, settings, date) if held.rows else made
-        measured = dataclasses.replace(encoder, format=form)
+        measured = dataclasses.replace(work, format=form)
     return Tokens(
         dataset=dataset,
         lengths=lengths,
@@ -152,6 +150,14 @@ def tokenize(
         held_out=held_tokens.encoded(held, form, measured, dataset, said["common"], settings, folder) if held else None,
         **{name: said[name] for name in ("largest", "common", "trained", "dropped", "sha256")},
     )
+
+
+def encoder(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date, own_file: bool
+) -> Encoder:
+    """What makes the tokens of a row; the arguments are those of `tokenize`."""
+    made = format_of(rows.format, tokenizer, settings, date)
+    return Encoder(made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on != "all")
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase, own_file: bool) -> list[Any]:

@@ -37,9 +37,10 @@ def sample(
         fast = model.device.type == "cuda" and decode.unserved(model) is None
         asked = prompts if fast else prompts[:1]
         others = f" and {len(asked) - 1} held-out ones" if asked[1:] else ""
-        slow = "; held-out ones only by the fast decoder, on a GPU" if prompts[1:] and not fast else ""
-        began, what = time.monotonic(), f"asking the sample question{others} {when} training{slow}"
-        with console.stage("asking", what), engine.answering(model):
+        if prompts[1:] and not fast and when == "before":
+            print("held-out questions are not asked: they need the fast decoder, on a GPU", flush=True)
+        began = time.monotonic()
+        with console.stage("asking", f"asking the sample question{others} {when} training"), engine.answering(model):
             found, count = _all(model, tokenizer, asked, settings)
         print(f"answered: {count} tokens, {count / max(time.monotonic() - began, 0.001):.0f} a second", flush=True)
         return found
@@ -85,7 +86,8 @@ def answers(
     if why:
         print(f"answering by transformers' generate, which is slower: {why}", flush=True)
     if why is None:
-        folded = FOLDING * decode.folded_bytes(model) < _room(max_memory)
+        needed = FOLDING * decode.folded_bytes(model) + decode.cache_bytes(model, ids, limit)
+        folded = needed < _room(max_memory)
         new = _decoded(decode.Decoder(model, folded), ids, limit, ends, streamer)
         torch.cuda.empty_cache()
     else:

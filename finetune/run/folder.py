@@ -194,6 +194,7 @@ def inputs(settings: Settings) -> Iterator[str]:
     named = dict(
         MODEL_NAME=settings.model_name,
         DATASET_NAME=settings.dataset_name if settings.dataset_name != "samples" else None,
+        EVAL_DATASET_NAME=settings.eval_dataset_name if settings.eval_dataset_name != "samples" else None,
         PROMPT_TEMPLATE=settings.template_file,
     )
     for variable, name in named.items():
@@ -201,7 +202,7 @@ def inputs(settings: Settings) -> Iterator[str]:
         if not name or not os.path.lexists(path):
             continue
         # a folder's rows include those in its data/, and metrics.jsonl would be one of those files
-        ways = _ways(path) | (_ways(path / "data") if variable == "DATASET_NAME" else set())
+        ways = _ways(path) | (_ways(path / "data") if variable.endswith("DATASET_NAME") else set())
         inner = (
             sorted(p for p in (*path.iterdir(), *path.glob("data/*")) if os.path.islink(p))
             if os.path.isdir(path)

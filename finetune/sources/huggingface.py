@@ -105,8 +105,8 @@ def commit(variable: str, name: str, revision: str, settings: Settings) -> str:
         return str(HfApi(token=token(settings)).repo_info(name, revision=revision, repo_type=kind).sha)
 
 
-def fetch(settings: Settings) -> Cached:
-    """MODEL_NAME's files, downloaded at the commit that MODEL_REVISION names now.
+def fetch(settings: Settings, weights: bool = True) -> Cached:
+    """MODEL_NAME's files, downloaded at the commit that MODEL_REVISION names now. weights: whether these too.
 
     All files but the weights are checked here. The weights are checked later by `digests`, while the libraries are
     imported.
@@ -123,13 +123,13 @@ def fetch(settings: Settings) -> Cached:
             ) from None
         source = Cached(name, config.parent.name, config.parent, mends=True)
         source.check(["config.json"])
-        if problem := quantised(source):  # refused now, and not after 40 GB were downloaded
+        if weights and (problem := quantised(source)):  # refused now, and not after 40 GB were downloaded
             raise SettingsError(problem)
         asked.update(revision=source.commit, ignore_patterns=EXCLUDED)  # so that all files are of the same commit
-        snapshot_download(**asked, allow_patterns=[*WEIGHTS, *TEXTS])
-        if not any(source.folder.glob("*.safetensors")):
+        snapshot_download(**asked, allow_patterns=[*(WEIGHTS if weights else ()), *TEXTS])
+        if weights and not any(source.folder.glob("*.safetensors")):
             snapshot_download(**asked, allow_patterns=[*OLD_WEIGHTS, *TEXTS])
-    if not any(source.folder.glob("*.safetensors")) and not any(source.folder.glob("pytorch_model*.bin")):
+    if weights and not any(source.folder.glob("*.safetensors")) and not any(source.folder.glob("pytorch_model*.bin")):
         raise SettingsError(
             f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)"
         )

@@ -46,6 +46,10 @@ VERBS = {
         Verb("train", "fine-tune, verify, record; publish where PUSH_TO_HUB=1 (the default verb)"),
         Verb("check", "look at settings, GPU, driver, memory and disk; downloads nothing"),
         Verb(
+            "data",
+            "look at the rows before training: lengths, what is cut, near-duplicates, rows as they are trained; needs no GPU",
+        ),
+        Verb(
             "ask",
             "answer with the trained model in OUTPUT_DIR",
             word="QUESTION",

@@ -34,9 +34,11 @@ PROMPTS = [
 LIMIT = 40
 
 
-def model(folder: Path, kind: str, four_bits: bool = False, adapted: bool = True) -> Any:
+def model(
+    folder: Path, kind: str, four_bits: bool = False, adapted: bool = True, initializer_range: float = 0.3
+) -> Any:
     """A tiny model that does not repeat itself, with an adapter that says something."""
-    base = tiny.model(folder / kind, kind, initializer_range=0.3, **KINDS[kind])
+    base = tiny.model(folder / kind, kind, initializer_range=initializer_range, **KINDS[kind])
     nf4 = (
         dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")) if four_bits else {}
     )
@@ -113,3 +115,12 @@ def test_what_is_not_served_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert why in str(decode.unserved(AutoModelForCausalLM.from_pretrained(place)))
     monkeypatch.setitem(sys.modules, "unsloth", None)  # imported by its engine alone, and it patches classes in place
     assert "unsloth has changed" in str(decode.unserved(model(tmp_path, "llama")))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_cache_takes_the_bytes_that_are_counted(tmp_path: Path, kind: str) -> None:
+    decoder = decode.Decoder(loaded := model(tmp_path, kind, adapted=False), False)
+    state = decode._State(
+        decoder, len(PROMPTS), max(map(len, PROMPTS)) + LIMIT, torch.zeros(len(PROMPTS), dtype=torch.long)
+    )
+    assert decode.cache_bytes(loaded, PROMPTS, LIMIT) == sum(each.nbytes for each in [*state.keys, *state.values])
