@@ -20,7 +20,7 @@ def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
 
     Raises SettingsError or HubError where rows or tokenizer are wrong or absent, MachineError where OUTPUT_DIR cannot be written.
     """
-    if problems := [*disk.unwritable(settings)]:
+    if problems := [*disk.unwritable(settings, environ)]:
         raise MachineError(*problems)
     if problems := [*data.held_rows.missing(settings), *data.formats.template.missing(settings)]:
         raise SettingsError(*problems)

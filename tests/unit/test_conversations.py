@@ -192,3 +192,63 @@ def test_words_that_stand_everywhere_are_trained_where_trls_masks_are(template: 
             for text in (trained, masked)
         ]
         assert bare[0] == bare[1], turns
+
+
+def anything(draw: random.Random, depth: int = 0) -> Any:
+    """A value as JSON may hold it."""
+    kind = draw.random()
+    if kind < 0.5 or depth > 3:
+        said = [
+            "user",
+            "",
+            "  ",
+            '{"name": "f", "arguments": {"a": 1}}',
+            "[",
+            "<think>x</think>y",
+            "\n</think>\n",
+            "<|im_end|>",
+            "\ud800",
+            "it's",
+        ]
+        return draw.choice(said)
+    if kind < 0.65:
+        return draw.choice([None, True, 0, 2.5, float("nan"), 10**30])
+    inner = [anything(draw, depth + 1) for _ in range(draw.randint(0, 3))]
+    names = ["name", "arguments", "type", "text", "content", "function", "description", "properties"]
+    return inner if kind < 0.8 else {draw.choice(names): value for value in inner}
+
+
+@pytest.mark.parametrize("template", ["qwen3", "deepseek_r1_distill", "gptoss", "mistral"])
+def test_whatever_a_row_holds_it_is_trained_or_told_why_not(template: str) -> None:
+    draw, (work, _) = random.Random(11), encoder(template, KEEP_REASONING="template")
+    fields = [
+        "role",
+        "from",
+        "content",
+        "value",
+        "tool_calls",
+        "function_call",
+        "weight",
+        "train",
+        "name",
+        "reasoning",
+        "thinking",
+        "x",
+        "id",
+    ]
+    taken = 0
+    for _ in range(400):
+        turns: list[Any] = [chats.turn(role, "So.") for role in ("user", "assistant") * draw.randint(1, 2)]
+        row: dict[str, Any] = {"messages": turns}
+        changed = draw.choice(turns)
+        for _ in range(draw.randint(1, 2)):
+            changed[draw.choice(fields)] = anything(draw)
+        beside = draw.choice(["system", "tools", "chat_template_kwargs", "other", "other"])
+        row[beside] = draw.choice(
+            [anything(draw), [{"name": "f", "description": anything(draw), "parameters": anything(draw)}]]
+        )
+        if Messages.problem(row, Settings()) is None:
+            out = work(row)
+            assert out["problem"] or any(label != data.IGNORE_INDEX for label in out["labels"]), row
+            taken += not out["problem"]
+    assert taken > 20

@@ -169,6 +169,8 @@ CHAT = messages(ASKED, SAID)
         (dict(prompt="a", completion={"b": 1}), {}, "column completion is an object, not text"),
         (dict(text=float("nan")), {}, "is no number that JSON has"),
         (messages(WEATHER[0], dict(role="assistant", tool_calls=[CALLED, {**CALLED, "id": "c2"}]), turn("tool", "a", tool_call_id="c2"), SAID), {}, "message 3 answers a later call before the first"),
+        (messages(*WEATHER, tools=json.dumps([{**TOOL, "description": "a \ud800 b"}])), {}, "tools has half a character"),
+        (messages(*WEATHER, tools=[{**TOOL, "parameters": {"type": "object", "title": END}}]), {}, "holds the text of a special token in a tool"),
         (messages(ASKED, {**SAID, "weight": 1, "train": False}), {}, "message 2 has weight and train"),
         (messages({**ASKED, "tool_calls": [CALLED]}, SAID), {}, "only the assistant does"),
         (dict(conversations=[{"from": "human", "value": "a"}, {"from": "function_call", "value": "get_weather()"}, {"from": "gpt", "value": "b"}]), {}, "message 2 calls a tool, but is text"),
@@ -375,6 +377,16 @@ def test_fields_that_the_template_does_not_write_are_told(tmp_path: Path) -> Non
     made.chat_template = made.chat_template.replace("message.role +", "(message.name or message.role) +")
     named = tokens(tmp_path, made, [messages({**ASKED, "name": "Ann"}, SAID)])
     assert "<|im_start|>Ann\n2+2?" in text(named, made) and not named.notes
+
+
+def test_a_special_token_in_a_tool_is_text(tmp_path: Path) -> None:
+    made = words(QWEN)
+    plain = messages(*WEATHER, tools=[{**TOOL, "description": "Ends."}])
+    ends = [
+        tokens(tmp_path, made, [row]).dataset[0]["input_ids"].count(made.eos_token_id)
+        for row in (plain, json.loads(json.dumps(plain).replace("Ends.", END)))
+    ]
+    assert ends[0] == ends[1]
 
 
 def test_a_role_that_the_template_knows_by_its_own_name_keeps_it(tmp_path: Path) -> None:

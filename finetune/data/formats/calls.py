@@ -76,9 +76,11 @@ def tools(given: Any, said: set[str]) -> list[dict[str, Any]]:
     """Tools, a list or JSON in a text, each as {"type": "function", "function": {…}}. Raises BadRow."""
     try:
         found = checks.parsed(given)
-        json.dumps(found)
+        whole = json.dumps(found, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRow(f"tools are not JSON ({first_line(error)})") from None
+    if wrong := checks.bad_characters(whole):
+        raise BadRow(f"tools {wrong}")
     if checks.empty(found):
         return []
     found = [found] if isinstance(found, dict) else found

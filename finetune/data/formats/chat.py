@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from finetune.data import checks
 from finetune.data.formats.answers import OPENED, Answers
 from finetune.data.formats.base import BadRow, Row, Span, Text, any_of, special_texts
 from finetune.data.formats.dialect import ASKED, Dialect
@@ -89,21 +91,32 @@ class Chat:
         find = Answers(self.dialect, self.special, self.asks, self.ends, turns, said.tools, options, layout)
         spans = {number: find.span(number) for number in {*taken, *_assistants(turns, said.muted)}}
         others = [span for n, span in _own(layout, said.muted - set(spans))]
-        literal = [
-            (span[0] + found.start(), span[0] + found.end())
-            for span in layout.places
-            if span
-            for found in self.special.finditer(layout.text[slice(*span)])
-        ]
+        if wrong := checks.bad_characters(layout.text):
+            raise BadRow(f"its text {wrong}")
         kept = layout.text.rstrip()
         return Text(
             text=kept if kept.endswith(self.eos) else layout.text,
             answers=[spans[n] for n in taken],
-            literal=sorted(set(literal)),
+            literal=self._literal(layout, said),
             untrained=[spans[n] for n in spans if n in said.muted] + others,
             ends=len(turns) - 1 not in said.muted,
             said=frozenset(flags),
         )
+
+    def _literal(self, layout: Layout, said: Conversation) -> list[Span]:
+        """Where the row holds the text of special tokens. Raises BadRow where that is not known."""
+        found, text = set[Span](), layout.text
+        for _, (start, end) in layout.found():
+            found |= {(start + one.start(), start + one.end()) for one in self.special.finditer(text[start:end])}
+        hidden = [piece.text for piece, span in zip(layout.pieces, layout.places, strict=True) if not span]
+        known = sum(len(self.special.findall(piece.text)) for piece in layout.pieces if piece.turn < 0)
+        if len(self.special.findall(json.dumps(said.tools, ensure_ascii=False))) > known or any(
+            map(self.special.search, hidden)
+        ):
+            raise BadRow(
+                "holds the text of a special token in a tool or a call, where the chat template would make it one"
+            )
+        return sorted(found)
 
     def _has_place_for_tools(self, said: Conversation) -> None:
         """Raise BadRow where the template never reads tools, or calls of them."""

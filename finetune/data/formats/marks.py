@@ -32,7 +32,7 @@ class Missing(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A conversation as it is written. places: of each piece's first mark, in the order of `pieces`; None: it was looked for alone.
+    """A conversation as it is written. places: of each piece's first mark, in the order of `pieces`; None: it is there, and where is not known.
 
     unwritten: fields that are not in it.
     """
@@ -72,10 +72,11 @@ def lay(write: Write, turns: list[Turn], tools: list[Any], ignored: frozenset[in
                 continue
     made = work.laid(plain, False, last=True)
     assert made is not None
-    for piece in found:
-        if piece not in plain and not any(form in text for form in piece.forms()):
+    rest = [piece for piece in found if piece not in plain]
+    for piece in rest:
+        if not any(form in text for form in piece.forms()):
             raise BadRow(f"the model's chat template leaves out {piece.told(turns)}")
-    return made
+    return dataclasses.replace(made, pieces=made.pieces + rest, places=[*made.places, *[None] * len(rest)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.data import checks
 from finetune.data.formats import calls
-from finetune.data.formats.base import BadRow
+from finetune.data.formats.base import BadRow, short
 from finetune.errors import first_line
 
 Turn = dict[str, Any]
@@ -186,6 +186,8 @@ def _options(options: Any) -> dict[str, Any]:
         raise BadRow(
             'chat_template_kwargs is no object of options for the chat template, such as {"enable_thinking": false}'
         )
+    if wrong := checks.bad_characters(json.dumps(options, ensure_ascii=False, default=str)):
+        raise BadRow(f"chat_template_kwargs {wrong}")
     return {str(key): value for key, value in options.items() if value is not None}
 
 
@@ -201,12 +203,13 @@ def _with_system(turns: list[Turn], system: Any, said: set[str]) -> list[Turn]:
 
 def _weight(turn: Turn, number: int) -> int:
     """1, or 0 for a turn that is not to be trained. Taken out of the turn."""
-    weights = {turn.pop(key) for key in WEIGHTS if key in turn}
-    if odd := next((weight for weight in weights if weight not in (0, 1)), None):
-        raise BadRow(f"has a message of weight {odd}; it takes 0 and 1")
-    if len(weights) > 1:
+    weights = [turn.pop(key) for key in WEIGHTS if key in turn]
+    for weight in weights:
+        if not checks.is_bare(weight) or weight not in (0, 1):
+            raise BadRow(f"has a message of weight {short(str(weight))}; it takes 0 and 1")
+    if len(set(weights)) > 1:
         raise BadRow(f"message {number} has {' and '.join(WEIGHTS)}, which differ; it takes one of them")
-    return int(weights.pop()) if weights else 1
+    return int(weights[0]) if weights else 1
 
 
 def _in_order(turns: list[Turn]) -> None:
