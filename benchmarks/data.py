@@ -101,9 +101,8 @@ def resumed(path: Path, tokenizer: Path) -> dict[str, Any]:
 
     (place,) = store.cache().glob("tokens-*")
     began = time.perf_counter()
-    dataset = packing.TokenRows(
-        store.Stored(place, json.loads((place / "done.json").read_bytes())["shards"], mapped=True)
-    )
+    stored = store.Stored(place, json.loads((place / "done.json").read_bytes())["shards"], mapped=True)
+    dataset = packing.TokenRows(stored, stored)
     sampler = SeedableRandomSampler(range(len(dataset)), data_seed=3407)
     loader = DataLoader(dataset, batch_size=8, sampler=sampler, collate_fn=list)
     batch = next(iter(skip_first_batches(prepare_data_loader(loader), len(dataset) * 7 // 10 // 8)))

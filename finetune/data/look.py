@@ -102,7 +102,7 @@ def _special(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> tuple[list[t
     counted: Counter[int] = Counter()
     truncated: list[int] = []
     seen = 0
-    for batch in tokens.dataset.stored:
+    for batch in tokens.dataset.streamed:
         found, _, _ = arrays(batch)
         inside, counts = np.unique(found[np.isin(found, [*ids])], return_counts=True)
         counted.update(dict(zip(inside.tolist(), counts.tolist(), strict=True)))

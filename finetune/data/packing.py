@@ -138,8 +138,9 @@ class TokenRows(Sequence[dict[str, list[int]]]):
     A number gives a row, a slice a dictionary of lists, and a column's name all of it.
     """
 
-    def __init__(self, stored: Stored):
-        self.stored = stored
+    def __init__(self, stored: Stored, streamed: Stored):
+        """streamed: the same, not mapped: what goes through all rows is not to leave them in this process's memory."""
+        self.stored, self.streamed = stored, streamed
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -162,11 +163,11 @@ class TokenRows(Sequence[dict[str, list[int]]]):
 
     def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         """The ids of all rows, some rows at a time: all their ids end to end, and the length of each."""
-        for batch in self.stored:
+        for batch in self.streamed:
             ids, offsets = _values(batch.column("input_ids"))
             yield ids, np.diff(offsets)
 
     def numbers(self) -> Iterator[int]:
         """The number of each row among the rows that were read."""
-        for batch in self.stored:
+        for batch in self.streamed:
             yield from batch.column("row").to_pylist()

@@ -36,7 +36,12 @@ def tokenized(
         if opened.done is None:
             opened = Tokenized(rows, encoder, settings, opened).stored()
         assert opened.done is not None
-        return TokenRows(opened.rows(mapped=True)), numpy.load(opened.folder / LENGTHS), opened.done, opened.folder
+        return (
+            TokenRows(opened.rows(mapped=True), opened.rows()),
+            numpy.load(opened.folder / LENGTHS),
+            opened.done,
+            opened.folder,
+        )
 
 
 class Tokenized:
