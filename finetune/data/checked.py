@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # bad rows named in one message
 BATCH = 1000  # rows written at a time
+DUMPS = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode  # json.dumps makes an encoder each time
 COLUMNS = ("json", "sorted", "file", "number", "line")
 
 
@@ -92,7 +93,7 @@ class Checked:
         in_order = _json(there)
         self._hash(in_order)
         # a template may write nested objects as they are, so their order is kept
-        flat = all(isinstance(value, str) for value in there.values())
+        flat = _flat(there)
         return in_order if flat else json.dumps(there, ensure_ascii=False).encode(), flat
 
     def _hash(self, row: bytes) -> None:
@@ -104,9 +105,10 @@ class Checked:
         """The rows that are trained, after those that the store has seen."""
         rows = self.source.after(*self.at) if self.seen else self.source.rows(self.trained.start)
         with console.Counted("rows read", len(self.trained), self.seen) as progress:
-            for placed in itertools.islice(rows, len(self.trained) - self.seen):
+            for count, placed in enumerate(itertools.islice(rows, len(self.trained) - self.seen), 1):
                 yield placed
-                progress.add(1)
+                if not count % 100:
+                    progress.add(100)
 
 
 def kept(form: type[Format] | None, row: Any, settings: Settings) -> Row | str:
@@ -120,11 +122,16 @@ def kept(form: type[Format] | None, row: Any, settings: Settings) -> Row | str:
     there = [column for column in form.reads(settings) if column in row]
     found = {column: row[column] for column in there if column in needs or not checks.empty(row[column])}
     try:
-        if not all(isinstance(value, str) for value in found.values()):
+        if not _flat(found):
             _json(found)
     except (TypeError, UnicodeEncodeError) as error:  # Parquet has times and bytes; JSON has halves of characters
         return f"cannot be written as JSON ({first_line(error)})"
     return found
+
+
+def _flat(row: Row) -> bool:
+    """Whether a row holds texts alone."""
+    return {*map(type, row.values())} == {str}
 
 
 def refuse(told: list[str], bad: int, of: int, settings: Settings, needed: str) -> None:
@@ -138,4 +145,4 @@ def refuse(told: list[str], bad: int, of: int, settings: Settings, needed: str) 
 
 
 def _json(row: Row) -> bytes:
-    return json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
+    return DUMPS(row).encode()

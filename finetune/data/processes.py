@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import gc
 import itertools
 import multiprocessing
 import signal
@@ -34,6 +35,7 @@ def results(work: Callable[[Piece], Made], pieces: Iterable[Piece], processes: i
         yield from map(work, pieces)
         return
     fork = multiprocessing.get_context("fork")
+    gc.freeze()  # what is there now is of no interest to the children's collector, which would copy its pages
     waiting, left = collections.deque[Future[Made]](), iter(pieces)
     try:
         with ProcessPoolExecutor(processes, fork, _begin, (work,)) as pool:
@@ -52,6 +54,8 @@ def results(work: Callable[[Piece], Made], pieces: Iterable[Piece], processes: i
             f"DATASET_NUM_PROC={processes}: a process that tokenizes was killed, most often because memory ran out; use fewer of "
             "them, for example DATASET_NUM_PROC=1"
         ) from None
+    finally:
+        gc.unfreeze()
 
 
 def _begin(work: Callable[[Any], Any]) -> None:

@@ -80,13 +80,16 @@ def _lines(file: File, stream: IO[bytes]) -> Iterator[tuple[int, str | Unread]]:
 
 
 def _jsonl(file: File, _: set[str], after: int) -> Iterator[Read]:
-    decode = json.JSONDecoder(object_pairs_hook=whole).decode
+    scan = json.JSONDecoder(object_pairs_hook=whole).raw_decode
     with file.stream() as stream:
         for index, (number, line) in _from(after, _lines(file, stream)):
             row: Any = line
             if not isinstance(line, Unread):
                 try:
-                    row = decode(line)
+                    text = line.strip(" \t\n\r")  # what JSON takes for white space
+                    row, end = scan(text)
+                    if end < len(text):
+                        raise json.JSONDecodeError("Extra data", text, end)
                 except (ValueError, RecursionError) as error:
                     row = Unread(f"is {_not_json(error)}; each line is one object, such as {EXAMPLE}")
             yield Read(index, number, row)
