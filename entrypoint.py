@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ if __name__ == "__main__" and (sys.flags.optimize or sys.flags.safe_path):
 
 from finetune import __version__, console, environment
 from finetune.errors import MachineError, told
+from finetune.machine import launcher, limits, signals
 from finetune.settings import Settings
 from finetune.verbs import table
 
@@ -29,7 +29,7 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
         return 0
     if verb not in table.VERBS:
         return execute(argv, environ)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signals.listen()
     console.guard()
     known: list[str] = []  # secrets, to be kept out of a traceback
     try:
@@ -54,6 +54,7 @@ def run(call: table.Call, environ: Mapping[str, str], known: list[str]) -> None:
 def settle(call: table.Call, environ: Mapping[str, str]) -> Settings:
     """The settings of a call. The libraries are told of theirs in the process's environment."""
     layered, line = environment.layered(environment.dotenv(Path(".env")), environ), call.line
+    layered = launcher.alone(layered, os.environ)
     if call.verb.source == "record":
         from finetune.run import restore  # imports pydantic: not for `--help`
 
@@ -61,7 +62,7 @@ def settle(call: table.Call, environ: Mapping[str, str]) -> Settings:
         for name in environment.NUMERIC:
             os.environ.pop(name, None)
     settings = Settings.from_env(layered, line, publishes=call.verb.publishes)
-    os.environ.update(environment.variables(settings, layered))
+    os.environ.update(environment.variables(settings, layered, limits.cpus()))
     console.hush()
     console.beat_in(Path(os.environ.get("FINETUNE_STATE_DIR") or "/tmp/finetune"), settings.health_timeout)
     return settings
@@ -72,9 +73,8 @@ def execute(argv: list[str], environ: Mapping[str, str]) -> int:
     try:
         os.execvpe(argv[0], argv, dict(environ))
     except (OSError, ValueError) as error:  # ValueError: an empty word, as a variable without a value gives it
-        verbs = ", ".join(table.VERBS)
         why = error.strerror if isinstance(error, OSError) else "an empty word"
-        print(f"error: {argv[0]}: neither a verb ({verbs}) nor a command ({why})", file=sys.stderr)
+        print(f"error: {argv[0]}: neither a verb nor a command ({why}); {table.meant(argv[0])}", file=sys.stderr)
         return 127 if isinstance(error, (FileNotFoundError, ValueError)) else 126
 
 

@@ -23,6 +23,7 @@ SILENCE, SILENCE_LATER, PATIENT = 5, 30, 60  # seconds between two lines, later 
 
 _state: Path | None = None
 _timeout = 0.0
+_note: Path | None = None
 
 
 def beat_in(folder: Path, timeout: float) -> None:
@@ -35,10 +36,24 @@ def beat_in(folder: Path, timeout: float) -> None:
         _state = None  # a health check then finds none, and training goes on
 
 
+def note_in(path: Path | None) -> None:
+    """Keep the name of the phase in the file `path` from now on, or no longer. It outlives a process that is killed."""
+    global _note
+    _note = path
+    _write_note("starting")
+
+
+def _write_note(phase: str) -> None:
+    if _note is not None:
+        with contextlib.suppress(OSError):
+            _note.write_text(json.dumps(dict(phase=phase, time=time.time())), encoding="utf-8")
+
+
 def phase(name: str, line: str) -> None:
     """Announce what begins now."""
     print(line, flush=True)
     beat(name)
+    _write_note(name)
 
 
 @contextlib.contextmanager
@@ -199,3 +214,52 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class Counted:
+    """Progress of work on rows: a bar on a terminal, else a line every EVERY_S seconds, with rows/s and the time left."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, what: str, total: int | None, done: int = 0):
+        """what: has happened to the rows. total: None: nobody knows. done: rows of an earlier start."""
+        self.what, self.total, self.done, self.first = what, total, done, done
+        self.began = self.told = self.beaten = time.monotonic()
+        self.bar: Any = None
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        self.done += count
+        if self.done % 100 >= count:
+            return
+        now = time.monotonic()
+        if now - self.beaten > 1:
+            self.beaten = now
+            beat("loading")
+            if sys.stderr.isatty():
+                self._draw()
+            elif now - self.told > self.EVERY_S:
+                self.told = now
+                print(self._line(now), flush=True)
+
+    def _draw(self) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(
+                total=self.total, initial=self.first, unit="row", desc=f"data: {self.what}", dynamic_ncols=True
+            )
+        self.bar.update(self.done - self.bar.n)
+
+    def _line(self, now: float) -> str:
+        speed = (self.done - self.first) / (now - self.began)
+        if self.total is None:
+            return f"data: {self.done:,} {self.what}, {speed:,.0f} rows/s"
+        return f"data: {self.done:,} of {self.total:,} {self.what}, {speed:,.0f} rows/s, {_clock((self.total - self.done) / speed)} left"

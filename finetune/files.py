@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -67,6 +69,20 @@ def temporary() -> str:
 def existing(folder: Path) -> Path:
     """The folder, or the first above it that exists. (`Path.exists` raises without the permission to look.)"""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+
+
+def runs_programs(folder: Path) -> bool:
+    """Whether code can be loaded from files in the folder, or in the first above it that exists: not where it is mounted noexec."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)) as probe:
+            probe.write(bytes(mmap.PAGESIZE))
+            probe.flush()
+            mmap.mmap(probe.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC).close()
+    except PermissionError as error:
+        return error.errno != errno.EPERM  # EACCES: it may not be written, which others say
+    except OSError:
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

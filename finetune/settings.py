@@ -63,6 +63,7 @@ def setting(
 
 
 MICRO_BATCH, ACCUMULATION = 2, 4  # of the recipe: an update has 8 rows
+WAYS = ("chat", "alpaca")  # values of PROMPT_TEMPLATE that name no file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class Settings:
     # Data
     dataset_name: str = setting(
         "FreedomIntelligence/medical-o1-reasoning-SFT",
-        "Rows to train on: a Hub data set, a .json, .jsonl, .csv or .parquet file, a folder of such files, or "
-        "`samples` (bundled rows).",
+        "Rows to train on: a Hub data set, a file, a folder, a glob, several of these with commas, or `samples` "
+        "(bundled rows).",
     )
     dataset_config: str | None = setting(
         "zh", "Configuration of the data set (samples: en, zh).", unless=("dataset_name", None)
@@ -103,12 +104,21 @@ class Settings:
     )
     prompt_template: str | None = setting(
         None,
-        "Text file with one {} for each column; unset: the medical reasoning template. Rows with a `messages` "
-        "column go through the model's chat template.",
+        "Text file with one {} for each column; unset: the medical reasoning template. Rows with instruction and "
+        "output take `chat` (the model's chat template) or `alpaca` (Alpaca's own text); unset: `chat` where the model "
+        "has a chat template.",
         example="template.txt",
     )
-    train_on: Literal["all", "response"] = setting(
-        "all", "Loss on the whole text, as in the tutorial, or only on the response."
+    dataset_format: Literal[
+        "auto", "columns", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt_completion_chat", "text"
+    ] = setting("auto", "Form of the rows; auto: by their columns.")
+    train_on: Literal["all", "response", "last"] = setting(
+        "all", "Loss on the whole text, as in the tutorial, only on the responses, or only on the last one."
+    )
+    keep_reasoning: Literal["auto", "last", "template"] = setting(
+        "auto",
+        "Reasoning in conversations. auto: all that rows hold is trained; last: only what follows the last question; "
+        "template: what the chat template keeps.",
     )
     drop_bad_rows: bool = setting(False, "Leave out malformed rows and count them, instead of stopping at them.")
     dataset_num_proc: int = setting(2, "Processes that tokenize (about 0.7 GB each).", low=1, high=64, free=True)
@@ -334,6 +344,11 @@ class Settings:
         """Whether the activations of all layers are recomputed, or those of none; None: planned."""
         return None if self.gradient_checkpointing == "auto" else self.gradient_checkpointing != "false"
 
+    @property
+    def template_file(self) -> str | None:
+        """The file that PROMPT_TEMPLATE names; None: it names none, but a way to write rows."""
+        return None if self.prompt_template in WAYS else self.prompt_template
+
     def replaced(self, **values: Any) -> Settings:
         """A copy with other values."""
         return dataclasses.replace(self, **values)
@@ -436,7 +451,7 @@ class Declaration:
             try:
                 raw = Path(file).read_text(encoding="utf-8").strip()
             except (OSError, ValueError) as error:  # not UTF-8, or a name with a NUL
-                reason = getattr(error, "strerror", None) or "not a text file"
+                reason = _closed(file) or getattr(error, "strerror", None) or "not a text file"
                 raise ValueError(
                     f"{self.name}_FILE{shown}: cannot be read ({reason}); it takes the path of a file that holds "
                     f"nothing but the secret, for example {self.name}_FILE=/run/secrets/{self.field}"
@@ -485,6 +500,20 @@ class Declaration:
         raise ValueError(
             f"{self.name}={raw}: not allowed{hint}; it takes {self.allowed()}, for example {self.name}={example}"
         )
+
+
+def _closed(file: str) -> str | None:
+    """Who may read a file that this user may not, and the way out; None: it is not that."""
+    try:
+        if os.access(file, os.R_OK):
+            return None
+        found = os.stat(file)
+    except OSError:
+        return None
+    return (
+        f"it belongs to user {found.st_uid} with mode {found.st_mode & 0o7777:04o}, and this is user {os.getuid()}: run as its owner "
+        f"(docker run --user {found.st_uid}:{found.st_gid}), or chown {os.getuid()} {file}"
+    )
 
 
 def declarations() -> tuple[Declaration, ...]:
@@ -550,7 +579,16 @@ def _unknown(names: Mapping[str, str], *, strict: bool) -> Iterator[str]:
         elif strict and upper.startswith(_LIBRARIES):
             yield f"{name}: is a variable of the libraries and no setting; set it in the environment or in .env, and not here"
         elif strict:
-            yield f"{name}: there is no such setting; `env` lists them all, for example MAX_STEPS=60"
+            near = _nearest(upper, known)
+            yield f"{name}: there is no such setting; {near}`env` lists them all, for example MAX_STEPS=60"
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    """For a name with more than one slip."""
+    import difflib  # takes some milliseconds, and only a mistake needs it
+
+    found = difflib.get_close_matches(name, sorted(known), 1, 0.75)
+    return f"did you mean {found[0]}? " if found else ""
 
 
 def _one_slip(a: str, b: str) -> bool:
@@ -619,6 +657,18 @@ def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
             yield f"{name}={text(wanted)}: needs measurements during training, for example EVAL_STEPS=20 (and EVAL_ROWS not 0)"
     if s.dataset_name == "samples" and s.dataset_config not in (None, "en", "zh"):
         yield f"DATASET_CONFIG={s.dataset_config}: the bundled rows have en and zh, for example DATASET_CONFIG=en"
+    if s.dataset_format not in ("auto", "columns"):
+        alpaca = s.dataset_format == "alpaca" and s.template_file is None
+        given = dict(
+            PROMPT_COLUMNS=s.prompt_columns != Settings.prompt_columns,
+            COMPLETION_COLUMNS=s.completion_columns != Settings.completion_columns,
+            PROMPT_TEMPLATE=s.prompt_template is not None and not alpaca,
+        )
+        if named := [name for name, changed in given.items() if changed]:
+            yield (
+                f"DATASET_FORMAT={s.dataset_format} with {' and '.join(named)}: only rows with columns take "
+                f"{'them' if len(named) > 1 else 'it'}; leave one of the two out, or use DATASET_FORMAT=columns"
+            )
     if set(s.prompt_columns) & set(s.completion_columns):
         yield (
             "COMPLETION_COLUMNS: a column cannot be both asked and answered, for example PROMPT_COLUMNS=Question "

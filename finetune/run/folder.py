@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune import files
 from finetune.errors import MachineError, OutputError, SettingsError
+from finetune.machine import container
 from finetune.machine.permissions import denied
 from finetune.run import identity as identities
 from finetune.run import record as records
@@ -47,7 +48,7 @@ def locked(output: Path) -> Iterator[None]:
     except BlockingIOError:
         raise MachineError(
             f"OUTPUT_DIR={output}: another run is writing there. Wait until it has ended, or give another folder, for example "
-            f"OUTPUT_DIR={output}-2"
+            f"{container.another(output)}"
         ) from None
     except OSError:
         pass
@@ -192,7 +193,7 @@ def _move(path: Path, to: Path) -> None:
         output = to.parent if path.parent.name == ASIDE else path.parent
         raise MachineError(
             f"{path}: cannot be moved to {to} ({error.strerror}), so the old run stays and no new one can take its place. Give "
-            f"another folder, for example OUTPUT_DIR={output}-2, or unmount {path.name} if it is a mount point"
+            f"another folder, for example {container.another(output)}, or unmount {path.name} if it is a mount point"
         ) from None
 
 
@@ -205,7 +206,7 @@ def inputs(settings: Settings) -> Iterator[str]:
         MODEL_NAME=settings.model_name,
         DATASET_NAME=settings.dataset_name if settings.dataset_name != "samples" else None,
         EVAL_DATASET_NAME=settings.eval_dataset_name if settings.eval_dataset_name != "samples" else None,
-        PROMPT_TEMPLATE=settings.prompt_template,
+        PROMPT_TEMPLATE=settings.template_file,
     )
     for variable, name in named.items():
         path = Path(name or "").expanduser()
@@ -225,7 +226,7 @@ def inputs(settings: Settings) -> Iterator[str]:
             why = f"is OUTPUT_DIR={output} itself, where a run writes its own files"
         else:
             continue
-        yield f"{variable}={name}: {why}; give another folder for the run, for example OUTPUT_DIR={output}-2"
+        yield f"{variable}={name}: {why}; give another folder for the run, for example {container.another(output)}"
 
 
 def _ways(path: Path) -> set[str]:

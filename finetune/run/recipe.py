@@ -12,8 +12,8 @@ from pathlib import Path
 from finetune import console, data, sources
 from finetune.engines import refusals
 from finetune.engines.choose import choose
-from finetune.machine import gpus, memory, preflight
-from finetune.run import evaluation, folder, inputs, provenance
+from finetune.machine import cuda, gpus, memory, preflight
+from finetune.run import evaluation, folder, inputs, last, provenance
 from finetune.run.identity import versions
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
@@ -37,11 +37,11 @@ class Clock:
 def run(settings: Settings, environ: Mapping[str, str], recorded: Record | None = None) -> None:
     """Train, verify, record, publish if asked; a complete run is only published. recorded: a run with the same inputs."""
     console.beat("starting")  # in a container that was started again, the last beat is that of the run before
-    clock, output, visible = Clock(), Path(settings.output_dir), gpus.gpus(environ)
+    clock, output, visible = Clock(), Path(settings.output_dir), cuda.visible(environ)
     print(*inputs.look(settings, visible, environ), sep="\n", flush=True)
     if settings.push_to_hub or inputs.from_hub(settings):
         sources.hub().login(settings, publishes=settings.push_to_hub)
-    with folder.locked(output), refusals.memory_told():
+    with folder.locked(output), last.noted(output), refusals.memory_told():
         train_in(output, settings, environ, recorded, visible, clock)
     if settings.push_to_hub:
         folder.verify(output)
@@ -75,7 +75,7 @@ def train_in(
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded), source.has_tokenizer_json)
-    console.phase("loading", tokens.describe(rows.dropped))
+    console.phase("loading", f"{tokens.describe(rows.dropped)}\n{data.shown.told(tokens.first(tokenizer))}")
     identity = {
         **settings.deciding(),
         **choice.deciding(),
@@ -137,7 +137,10 @@ def train_in(
         ),
         verification=merged.record() if merged else None,
         evaluation=evaluation.record(tokens.held_out, fit.course),
-        samples=evaluation.samples(settings.sample_question, prompt, tokens.held_out, before, after),
+        samples=dict(
+            evaluation.samples(settings.sample_question, prompt, tokens.held_out, before, after),
+            row=tokens.first(tokenizer),
+        ),
         environment=provenance.environment(gpu, environ),
         timings=dict(
             clock.seconds,

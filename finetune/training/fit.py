@@ -79,7 +79,7 @@ def fit(
 
     recorded: the plan of a recorded run. It is followed, because other pieces would round differently.
 
-    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Diverged where the loss is no longer a number,
+    Raises SystemExit(143) after SIGTERM, 130 after SIGINT, 129 after SIGHUP; Diverged where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
     """
     tracking.begin(settings)
@@ -94,7 +94,7 @@ def fit(
     model.train()  # a new PeftModel says that it is in training mode, but the base inside it is not
     order = order_of(settings, tokens)
     with (
-        stop.on_signals(),
+        stop.on_signals(metrics),
         _deterministic(choice.deterministic),
         patches.optimizer_does_not_wait(settings.optim),
         engine.path(model, choice.compiled, settings.rows_per_update, tokens.longest, tokens.common) as packed,
@@ -156,6 +156,9 @@ def _evaluation(
     # a piece is no larger than the largest of training, where that is known
     most = max(chosen.tokens, tokens.longest) if chosen.tokens else None
     made = Evaluation(model, batches, tokens.held_out.rows, chosen.micro_batch, most, tokens.longest)
+    if not any(made.points.labels):
+        print(f"held out: no rows, since none has a label within its first {tokens.longest} tokens", flush=True)
+        return None
     points = Points.load(resume) if resume is not None else None
     if made.cut:
         print(
@@ -192,10 +195,13 @@ def _batches(
     """Micro-batches for a model that is not on the compiled path."""
     if choice.name != "unsloth":
         return Padded(model, tokenizer, compute_dtype(settings), tokens.dataset[0])
+    from datasets import Dataset
     from trl import SFTTrainer
 
+    # it makes micro-batches and losses of rows that are given to it, and goes through no data set; but it wants one
+    some = Dataset.from_dict(tokens.dataset[:STREAM_ROWS])
     with patches.adapter_keeps_its_type(model):
-        trainer = SFTTrainer(model=model, args=arguments, train_dataset=tokens.dataset, processing_class=tokenizer)
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=some, processing_class=tokenizer)
     return Recipes(trainer)
 
 
