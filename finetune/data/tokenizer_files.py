@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, processors
 
+from finetune import files
 from finetune.errors import SettingsError, first_line
-from finetune.sources.model import Source, read_object
+from finetune.sources.model import TOKENIZER_FILES, Source, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +53,8 @@ def load(source: Source) -> PreTrainedTokenizerBase:
             f"MODEL_NAME={source.name}: its tokenizer has no EOS token, so a model could never end an answer"
         )
     _set_pad(loaded, source)
+    there = [name for name in TOKENIZER_FILES if (source.folder / name).is_file()]
+    loaded.made_of = files.digests(source.folder, there)  # see `tokens.tokenize`
     return loaded
 
 
