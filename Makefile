@@ -20,7 +20,7 @@ smoke test: export OMP_WAIT_POLICY ?= passive
 SCRIPTS = .ci/run $(wildcard scripts/*.sh docker/*.sh benchmarks/*.sh)
 PYTHON_FILES = entrypoint.py finetune $(wildcard scripts/*.py docker/*.py)
 
-.PHONY: help train push-hub check selftest smoke ask eval reproduce verify lock-inputs test test-gpu bench lint env-example lock image image-reproducible test-image clean clean-all main dev
+.PHONY: help train push-hub check selftest smoke ask eval reproduce verify lock-inputs test test-gpu bench lint env-example lock image image-reproducible publish-image test-image clean clean-all main dev
 
 help: ## this list
 	@printf 'usage: make TARGET [NAME=value ...]      for example: make train MAX_STEPS=60\n\n'
@@ -81,11 +81,14 @@ env-example: main ## write env.example, README's tables, run.schema.json and the
 lock: ## resolve the dependencies again (UPGRADE=1: newest versions)
 	@scripts/lock.sh
 
-image: ## build the container image (CUDA=12.8: for drivers older than 580)
+image: ## build the container image (CUDA=12.8: for drivers older than 580; PIP_INDEX_URL=…, BASE=…: mirrors nearby)
 	@scripts/image.sh
 
 image-reproducible: ## build the image twice and compare; differing files are printed
 	@scripts/image_reproducible.sh
+
+publish-image: dev ## build both images, test them, push them with SBOM and provenance: make publish-image REGISTRY=host/path
+	@$(PYTHON_RUN) scripts/publish_image.py
 
 test-image: dev ## build the image and run it in real containers
 	@scripts/docker_engine.sh run $(PYTHON_RUN) -m pytest tests/image $(ARGS)

@@ -70,7 +70,12 @@ def dotenv(path: Path) -> dict[str, str]:
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
     # python-dotenv would skip a line that it cannot parse, and the run would take the default
-    if odd := [str(binding.original.line) for binding in bindings if binding.error or "\0" in binding.original.string]:
+    # python-dotenv takes a name without = too, and gives it no value
+    if odd := [
+        str(binding.original.line)
+        for binding in bindings
+        if binding.error or "\0" in binding.original.string or (binding.key and binding.value is None)
+    ]:
         raise SettingsError(
             f"{path}: not understood in line {', '.join(odd)}; each line is NAME=value, for example MAX_STEPS=60"
         )

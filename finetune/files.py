@@ -8,7 +8,6 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import MachineError, Refusal
+from finetune.errors import MachineError, Refusal, of_machine
 
 PIECE = 2**24  # bytes; a thread asks for the GIL after each, and waits up to 5 ms for it while another imports
 
@@ -49,9 +48,8 @@ def told(folder: Path) -> Iterator[None]:
     except (OSError, Refusal):
         raise
     except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found and int(found[1]) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
+        if problem := of_machine(error):
+            raise MachineError(f"{folder}: {problem}") from None
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(2**20))  # raises where there is no room
         raise

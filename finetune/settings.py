@@ -338,6 +338,11 @@ class Settings:
         """A copy with other values."""
         return dataclasses.replace(self, **values)
 
+    def secrets(self) -> list[str]:
+        """The secrets themselves, for whoever has to keep them out of a text."""
+        found = (getattr(self, d.field) for d in declarations() if d.secret)
+        return [value.reveal() for value in found if value is not None]
+
     def record(self) -> dict[str, Any]:
         """The settings as JSON values under their names, secrets left out."""
         found = {d.name: getattr(self, d.field) for d in declarations() if not d.secret}
@@ -425,16 +430,19 @@ class Declaration:
         if raw and file:
             raise ValueError(f"{self.name} and {self.name}_FILE are both set: keep one")
         if file:
+            shown = (
+                f"={file}" if "/" in file else ""
+            )  # without one it may be the secret itself, given to the wrong name
             try:
                 raw = Path(file).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:  # not UTF-8, or a name with a NUL
                 reason = _closed(file) or getattr(error, "strerror", None) or "not a text file"
                 raise ValueError(
-                    f"{self.name}_FILE={file}: cannot be read ({reason}); it takes the path of a file that holds "
+                    f"{self.name}_FILE{shown}: cannot be read ({reason}); it takes the path of a file that holds "
                     f"nothing but the secret, for example {self.name}_FILE=/run/secrets/{self.field}"
                 ) from None
             if not raw:
-                raise ValueError(f"{self.name}_FILE={file}: the file is empty; it takes a file that holds the secret")
+                raise ValueError(f"{self.name}_FILE{shown}: the file is empty; it takes a file that holds the secret")
         if raw and not (raw.isascii() and raw.isprintable() and " " not in raw):
             raise ValueError(f"{self.name}: holds spaces or characters that no token has; copy it again")
         return Secret(raw) if raw else None
@@ -580,6 +588,10 @@ def _one_slip(a: str, b: str) -> bool:
 
 def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
     """Sentences on values that do not go together, before anything is downloaded."""
+    for name in ("MODEL_NAME", "DATASET_NAME", "PROMPT_TEMPLATE", "OUTPUT_DIR"):
+        path = os.fsencode(getattr(s, name.lower()) or "")
+        if len(path) > 3900 or any(len(part) > 240 for part in path.split(b"/")):  # files below it need room too
+            yield f"{name}: a path of {len(path)} bytes, or a name in it, is too long; a name has at most 240 bytes"
     if s.max_steps == -1 and s.num_train_epochs is None:
         yield "MAX_STEPS=-1: needs the number of passes over the rows, for example NUM_TRAIN_EPOCHS=1"
     if s.lr_scheduler_type == "polynomial" and s.learning_rate <= 1e-7:

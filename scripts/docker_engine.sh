@@ -21,8 +21,7 @@ install_engine() {
     fi
     for program in "$CLIENT" dockerd iptables mmdebstrap; do
         command -v "$program" >/dev/null && continue
-        apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io iptables mmdebstrap >/dev/null
+        "$(dirname -- "${BASH_SOURCE[0]}")/apt_install.sh" docker.io iptables mmdebstrap
         return
     done
 }

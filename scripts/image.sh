@@ -4,8 +4,14 @@
 #   scripts/image.sh                 CUDA 13.0
 #   CUDA=12.8 scripts/image.sh       CUDA 12.8, for older drivers (finetune/machine/preflight.py: DRIVERS)
 #
-# From the environment: IMAGE (tag), BASE (another base image), APT_SNAPSHOT, DIST (folder for the SBOM), NO_CACHE=1,
-# and, where pip needs them on this machine, SSL_CERT_FILE or PIP_CERT (a CA bundle) and PIP_CONFIG_FILE.
+# From the environment:
+#   IMAGE          the tag
+#   BASE           another base image, such as the same one from a registry nearby: BASE=REGISTRY/nvidia/cuda:13.0.1-base-ubuntu24.04
+#   PIP_INDEX_URL  the package index, such as a mirror nearby; PIP_CONFIG_FILE: a pip.conf that names it. Hashes decide what is
+#                  installed, and the image keeps neither.
+#   SSL_CERT_FILE or PIP_CERT   a CA bundle, where a proxy needs one
+#   APT_SNAPSHOT   Debian packages of a day (docs/adr/0102)
+#   DIST           the folder for the SBOM        NO_CACHE=1   build from nothing
 # shellcheck disable=SC2154 # image_arguments.sh sets what is used and not assigned here
 set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "$0")/.."

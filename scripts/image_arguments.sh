@@ -49,4 +49,5 @@ secrets=()
 for file in "${SSL_CERT_FILE:-}" "${PIP_CERT:-}"; do
     if [ -f "$file" ]; then secrets+=(--secret "id=ca,src=$file"); break; fi
 done
+if [ -n "${PIP_INDEX_URL:-}" ]; then secrets+=(--secret "id=index,env=PIP_INDEX_URL"); fi
 if [ -f "${PIP_CONFIG_FILE:-}" ]; then secrets+=(--secret "id=pipconf,src=$PIP_CONFIG_FILE"); fi

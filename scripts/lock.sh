@@ -15,11 +15,15 @@ compile docker/requirements.in docker/requirements.txt
 compile docker/requirements.in docker/requirements-cu128.txt --override docker/requirements-cu128.in
 compile docker/requirements-dev.in docker/requirements-dev.txt --constraints docker/requirements.txt
 compile docker/uv.in docker/uv.txt --no-annotate
+compile docker/pip.in docker/pip.txt --no-annotate
 compile docker/smoke-model.in docker/smoke-model.txt --no-annotate --no-deps
 # the last transformers 4, with which tests load what a run left
 compile tests/transformers-4.in tests/transformers-4.txt --no-annotate --no-deps
+# clients that read what this project writes: a scanner of SBOMs, and those of docs/platforms.md
+compile tests/image/scanner.in tests/image/scanner.txt --no-annotate --no-deps
+compile tests/platforms.in tests/platforms.txt --no-annotate
 
-if grep -n -e '://' -e '^ *--\(index\|extra\|find\|trusted\)' docker/*.txt tests/*.txt; then
+if grep -n -e '://' -e '^ *--\(index\|extra\|find\|trusted\)' docker/*.txt tests/*.txt tests/image/*.txt; then
     echo 'error: a lock names a package index (above)' >&2
     exit 1
 fi

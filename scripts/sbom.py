@@ -1,9 +1,10 @@
 """What is in the image: run by docker/Dockerfile, with the image's own Python.
 
     sbom.py build --lock FILE --version V --revision R --source URL --created SECONDS     build.json, to stdout
-    sbom.py packages --site SITE_PACKAGES --build BUILD_JSON                              CycloneDX 1.6, to stdout
+    sbom.py packages --site SITE_PACKAGES                                                 what is installed, to stdout
+    sbom.py bom --packages FILE --build BUILD_JSON                                        both as CycloneDX 1.6, to stdout
 
-Both print the same bytes for the same input: no clock, no random number. Standard library only.
+`packages` takes a second or two, and reads nothing of the program: a change of code does not repeat it. All print the same bytes for the same input: no clock, no random number. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import licences
+
+VENDOR = ("_vendor", "_vendored", "vendor", "vendored")  # folders in which packages keep copies of others
+IMPORTED_AS = {
+    "fla": "flash-linear-attention"
+}  # copies without metadata whose folder has another name than the package
+
 
 def build_record(lock: Path, version: str, revision: str, source: str, created: int) -> dict[str, Any]:
     """What run.json quotes of the image. `revision` ends in -dirty where the tree had changes that no commit holds."""
@@ -36,50 +44,129 @@ def build_record(lock: Path, version: str, revision: str, source: str, created: 
 
 
 def python_packages(site: Path) -> Iterator[dict[str, Any]]:
+    """What is installed, and what these packages bring inside them."""
     for package in importlib.metadata.distributions(path=[str(site)]):
-        name = re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower()
-        purl = f"pkg:pypi/{name}@{quote(package.version)}"
-        yield {
-            "type": "library",
-            "bom-ref": purl,
-            "name": name,
-            "version": package.version,
-            "licenses": _licenses(package.metadata),
-            "purl": purl,
-        }
+        yield _python(package)
+    for folder in sorted(site.glob("**/*")):
+        if folder.name in VENDOR and folder.is_dir() and ".dist-info" not in str(folder):
+            yield from _vendored(folder, site)
 
 
-def _licenses(metadata: Any) -> list[dict[str, Any]]:
-    if expression := metadata.get("License-Expression"):
-        return [{"expression": expression}]
-    classifiers = metadata.get_all("Classifier") or []
-    names = sorted({c.rsplit(" :: ", 1)[1] for c in classifiers if c.startswith("License :: ") and c.count("::") > 1})
-    text = (metadata.get("License") or "").strip()
-    if not names and text and "\n" not in text and len(text) < 100:
-        names = [text]  # else a whole licence was pasted into the field
-    return [{"license": {"name": name}} for name in names]
+def _python(package: importlib.metadata.Distribution) -> dict[str, Any]:
+    purl = _pypi(package.metadata["Name"], package.version)
+    licences_of = licences.of_python(package.metadata, Path(str(package.locate_file(""))) / _metadata_folder(package))
+    return _component(purl, _normal(package.metadata["Name"]), package.version, licences_of)
 
 
-def debian_packages(root: Path) -> Iterator[dict[str, Any]]:
-    lines = (root / "etc/os-release").read_text(encoding="utf-8").splitlines()
-    os_release = {key: value.strip('"') for key, _, value in (line.partition("=") for line in lines)}
-    distro = f"{os_release['ID']}-{os_release['VERSION_ID']}"
+def _metadata_folder(package: importlib.metadata.Distribution) -> str:
+    """NAME-VERSION.dist-info, as the package's own RECORD spells it."""
+    return next(str(file.parent) for file in package.files or () if file.name == "METADATA")
+
+
+def _vendored(folder: Path, site: Path) -> Iterator[dict[str, Any]]:
+    """Copies of other packages in `folder`: by their metadata, else by folder name and `__version__`."""
+    where = str(folder.relative_to(site))
+    inside = _properties({"finetune:inside": where})
+    known: set[str] = set()
+    for package in importlib.metadata.distributions(path=[str(folder)]):
+        component = _python(package)
+        known |= {file.parts[0] for file in package.files or ()}
+        yield {**component, "bom-ref": f"{component['bom-ref']}#{where}", "properties": inside}
+    listed = folder / "vendor.txt"  # pip's
+    if listed.exists():
+        for name, version in re.findall(r"^\s*([\w.-]+)==([\w.]+)", listed.read_text(encoding="utf-8"), re.M):
+            component = _component(_pypi(name, version), _normal(name), version, [])
+            yield {**component, "bom-ref": f"{component['bom-ref']}#{where}", "properties": inside}
+        return
+    for copy in sorted(folder.glob("[!_.]*/")):
+        if copy.name in known or copy.suffix == ".dist-info":
+            continue
+        start = copy / "__init__.py"
+        said = re.search(
+            r"^__version__ *= *[\"']([^\"']+)", start.read_text(encoding="utf-8") if start.exists() else "", re.M
+        )
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(copy.glob("LICEN[CS]E*"))]
+        stated = licences.entries(filter(None, map(licences.of_text, texts)))
+        name, version = IMPORTED_AS.get(copy.name, copy.name), said and said[1]
+        component = _component(_pypi(name, version), _normal(name), version, stated)
+        yield {**component, "bom-ref": f"{component['bom-ref']}#{where}", "properties": inside}
+
+
+def debian_packages(root: Path, system: dict[str, str]) -> Iterator[dict[str, Any]]:
     for paragraph in (root / "var/lib/dpkg/status").read_text(encoding="utf-8").split("\n\n"):
         fields = HeaderParser().parsestr(paragraph)
         if not (fields.get("Status") or "").endswith(" installed"):
             continue
         name, version = fields["Package"], fields["Version"]
+        # `Source: glibc (2.36-9)`: without brackets the version is the same, without the field the name is too
+        source, _, rest = (fields.get("Source") or name).partition(" ")
+        source_version = rest.strip("()") or version
+        qualifiers = {"arch": fields["Architecture"], "distro": f"{system['ID']}-{system['VERSION_ID']}"}
+        if (source, source_version) != (name, version):
+            qualifiers["upstream"] = source if source_version == version else f"{source}@{source_version}"
         # a purl leaves the colon of an epoch as it is
-        where = f"arch={fields['Architecture']}&distro={distro}"
-        purl = f"pkg:deb/{os_release['ID']}/{quote(name)}@{quote(version, safe=':')}?{where}"
-        yield {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
+        words = "&".join(f"{key}={quote(value, safe=':')}" for key, value in sorted(qualifiers.items()))
+        purl = f"pkg:deb/{system['ID']}/{quote(name)}@{quote(version, safe=':')}?{words}"
+        # Advisories of Debian and Ubuntu name source packages. Grype reads `upstream`, Trivy only properties of its own
+        # (aquasecurity/trivy discussion 11139).
+        epoch, _, upstream = source_version.rpartition(":")
+        upstream, _, release = upstream.rpartition("-") if "-" in upstream else (upstream, "", "")
+        named = {
+            "SrcName": source,
+            "SrcVersion": upstream,
+            "SrcRelease": release,
+            "SrcEpoch": epoch,
+            "PkgType": system["ID"],
+        }
+        licences_of = licences.of_debian(root / "usr/share/doc" / name / "copyright")
+        properties = _properties({f"aquasecurity:trivy:{key}": value for key, value in sorted(named.items()) if value})
+        yield {**_component(purl, name, version, licences_of), "properties": properties}
 
 
-def bill_of_materials(site: Path, build: dict[str, Any], root: Path) -> dict[str, Any]:
-    """CycloneDX 1.6, https://cyclonedx.org/docs/1.6/json/."""
-    components = sorted([*python_packages(site), *debian_packages(root)], key=lambda c: c["purl"])
+def operating_system(system: dict[str, str]) -> dict[str, Any]:
+    """Scanners pass over every Debian package without it."""
+    name, version = system["ID"], system["VERSION_ID"]
+    named = {"aquasecurity:trivy:Class": "os-pkgs", "aquasecurity:trivy:Type": name}
+    return {
+        "type": "operating-system",
+        "bom-ref": "os",
+        "name": name,
+        "version": version,
+        "properties": _properties(named),
+    }
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _pypi(name: str, version: str | None) -> str:
+    return f"pkg:pypi/{_normal(name)}" + (f"@{quote(version)}" if version else "")
+
+
+def _properties(values: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _component(purl: str, name: str, version: str | None, stated: list[dict[str, Any]]) -> dict[str, Any]:
+    component = {"type": "library", "bom-ref": purl, "name": name, "version": version, "licenses": stated, "purl": purl}
+    return {key: value for key, value in component.items() if value}
+
+
+def installed(site: Path, root: Path) -> dict[str, Any]:
+    """The components of the system and of `site`, and the day of its Debian packages."""
+    lines = (root / "etc/os-release").read_text(encoding="utf-8").splitlines()
+    system = {key: value.strip('"') for key, _, value in (line.partition("=") for line in lines)}
+    packages = sorted([*python_packages(site), *debian_packages(root, system)], key=lambda c: c["bom-ref"])
     snapshot = root / "etc/apt/snapshot"
-    properties = {**build, "apt_snapshot": snapshot.read_text(encoding="utf-8").strip() if snapshot.exists() else None}
+    day = snapshot.read_text(encoding="utf-8").strip() if snapshot.exists() else None
+    return {"components": [operating_system(system), *packages], "apt_snapshot": day}
+
+
+def bill_of_materials(packages: dict[str, Any], build: dict[str, Any]) -> dict[str, Any]:
+    """CycloneDX 1.6, https://cyclonedx.org/docs/1.6/json/."""
+    components = packages["components"]
+    properties = {**build, "apt_snapshot": packages["apt_snapshot"]}
     digest = hashlib.sha256(json.dumps([build, components]).encode()).hexdigest()
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -111,13 +198,17 @@ def main() -> None:
     build.add_argument("--created", type=int, required=True)
     packages = verbs.add_parser("packages")
     packages.add_argument("--site", type=Path, required=True)
-    packages.add_argument("--build", type=Path, required=True)
     packages.add_argument("--root", type=Path, default=Path("/"))
+    bom = verbs.add_parser("bom")
+    bom.add_argument("--packages", type=Path, required=True)
+    bom.add_argument("--build", type=Path, required=True)
     args = parser.parse_args()
     if args.verb == "build":
         record = build_record(args.lock, args.version, args.revision, args.source, args.created)
+    elif args.verb == "packages":
+        record = installed(args.site, args.root)
     else:
-        record = bill_of_materials(args.site, json.loads(args.build.read_bytes()), args.root)
+        record = bill_of_materials(json.loads(args.packages.read_bytes()), json.loads(args.build.read_bytes()))
     print(json.dumps(record, indent=1))
 
 

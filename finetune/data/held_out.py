@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
+from collections.abc import Iterator
 from typing import Any
 
+from finetune.errors import Refusal
 from finetune.settings import Settings
 
 Row = dict[str, Any]
@@ -63,6 +67,45 @@ def expected(settings: Settings) -> str:
         f"held out: {most} beside {settings.dataset_split}, or the last {100 // PART} % of its rows where it is all that there is, to see "
         "whether training helps"
     )
+
+
+def measured(settings: Settings) -> Settings:
+    """Settings that read the rows of EVAL_DATASET_NAME and EVAL_SPLIT as if they were trained."""
+    other = settings.eval_dataset_name not in (None, settings.dataset_name)
+    return settings.replaced(
+        dataset_name=settings.eval_dataset_name or settings.dataset_name,
+        dataset_config=None if other else settings.dataset_config,
+        dataset_revision="main" if other else settings.dataset_revision,
+        dataset_split="train" if settings.eval_split == "auto" else settings.eval_split,
+        eval_rows=0,
+    )
+
+
+def elsewhere(settings: Settings) -> bool:
+    """Whether the held-out rows are not of the split that is trained."""
+    if settings.eval_dataset_name not in (None, settings.dataset_name):
+        return True
+    return settings.eval_split != "auto" and _name(settings.eval_split) != _name(settings.dataset_split)
+
+
+@contextlib.contextmanager
+def named_by_its_setting(settings: Settings) -> Iterator[None]:
+    """Let refusals name the settings that the held-out rows come from."""
+    try:
+        yield
+    except Refusal as refusal:
+        said = map(of_evaluation, refusal.problems) if settings.eval_dataset_name else refusal.problems
+        raise type(refusal)(*(re.sub(r"\bDATASET_SPLIT=", "EVAL_SPLIT=", problem) for problem in said)) from None
+
+
+def of_evaluation(problem: str) -> str:
+    """A sentence on DATASET_NAME as one on EVAL_DATASET_NAME."""
+    return re.sub(r"\bDATASET_NAME=", "EVAL_DATASET_NAME=", problem)
+
+
+def _name(split: str) -> str:
+    """A split's name, without its slice."""
+    return split.partition("[")[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.data.formats import Format
+from finetune.data.formats.base import Text
 from finetune.data.held_out import HeldOut, Question, Row
 from finetune.data.near_duplicates import blocks, near_duplicates
 from finetune.data.rows import Held, refuse
@@ -33,7 +35,8 @@ def encoded(
     known = near_duplicates([rows[index]["input_ids"] for index in good], blocks(trained), common) if good else []
     free = [index for index, twice in zip(good, known, strict=True) if not twice][: settings.eval_rows]
     looked_at = good.index(free[-1]) + 1 if len(free) == settings.eval_rows else len(good)
-    texts = [form.text(held.rows[index]) for index in free[: settings.eval_questions]]
+    texts = (form.text(held.rows[index]) for index in free)
+    asked = itertools.islice((found for text in texts if (found := question(text))), settings.eval_questions)
     digest = hashlib.sha256()
     for ids, labels in ((rows[index]["input_ids"], rows[index]["labels"]) for index in free):
         digest.update(struct.pack(f"<q{2 * len(ids)}i", len(ids), *ids, *labels))
@@ -41,11 +44,18 @@ def encoded(
         name=held.name,
         rows=[{name: rows[index][name] for name in ("input_ids", "labels")} for index in free],
         places=[held.places[index] for index in free],
-        questions=[
-            Question(text.text[: text.answers[-1][0]], text.text[slice(*text.answers[-1])].strip()) for text in texts
-        ],
+        questions=list(asked),
         truncated=sum(rows[index]["truncated"] for index in free),
         dropped=held.dropped + len(rows) - len(good),
         duplicates=sum(known[:looked_at]),
         sha256=digest.hexdigest(),
     )
+
+
+def question(text: Text) -> Question | None:
+    """A row's training text as a question, up to its last answer; None: it holds no question, as a plain text."""
+    if not text.answers:
+        return None
+    start, end = text.answers[-1]
+    prompt = text.text[:start]
+    return Question(prompt, text.text[start:end].strip()) if prompt.strip() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +15,7 @@ from finetune import sources
 from finetune.data import checks, held_out, reading
 from finetune.data.formats import FORMATS, Format
 from finetune.data.reading import Placed, Row
-from finetune.errors import Refusal, SettingsError
+from finetune.errors import SettingsError
 from finetune.settings import SPLIT, Settings
 from finetune.sources import local
 
@@ -115,7 +114,7 @@ def _held(of_split: tuple[list[Placed], bool], settings: Settings) -> Held | Non
     """The rows that are held out. of_split: those of the split that is trained, and whether a bad one ends the run."""
     if not settings.eval_rows:
         return None
-    if _elsewhere(settings):
+    if held_out.elsewhere(settings):
         return held_elsewhere(settings)
     found, strict = of_split
     return _checked(settings.dataset_name, found, strict, settings)
@@ -123,13 +122,16 @@ def _held(of_split: tuple[list[Placed], bool], settings: Settings) -> Held | Non
 
 def held_elsewhere(settings: Settings) -> Held:
     """The rows that EVAL_DATASET_NAME and EVAL_SPLIT name, whatever is trained. Raises SettingsError where there are none, or bad ones."""
-    there = measured(settings)
-    with _named_for_evaluation(settings):
+    there = held_out.measured(settings)
+    with held_out.named_by_its_setting(settings):
         if problems := list(_missing(there.dataset_name)):
             raise SettingsError(*problems)
         _, found, _ = _read(there)
         if not found:
-            raise SettingsError(f"DATASET_NAME={there.dataset_name}: holds no rows in {there.dataset_split}")
+            raise SettingsError(
+                f"DATASET_SPLIT={there.dataset_split}: {there.dataset_name} holds no rows there; name others, for example "
+                "DATASET_SPLIT=train[500:564]"
+            )
     return _checked(there.dataset_name, found[: held_out.SPARE * settings.eval_rows], True, settings)
 
 
@@ -140,41 +142,6 @@ def _checked(name: str, found: list[Placed], strict: bool, settings: Settings) -
     if strict:
         refuse(bad, len(found), settings, "held-out rows need what trained rows need")
     return Held(name, good, form.NAME, len(bad), places, strict)
-
-
-def measured(settings: Settings) -> Settings:
-    """Settings that read the rows of EVAL_DATASET_NAME and EVAL_SPLIT as if they were trained."""
-    other = settings.eval_dataset_name not in (None, settings.dataset_name)
-    return settings.replaced(
-        dataset_name=settings.eval_dataset_name or settings.dataset_name,
-        dataset_config=None if other else settings.dataset_config,
-        dataset_revision="main" if other else settings.dataset_revision,
-        dataset_split="train" if settings.eval_split == "auto" else settings.eval_split,
-        eval_rows=0,
-    )
-
-
-def _elsewhere(settings: Settings) -> bool:
-    """Whether the held-out rows are not of the split that is trained."""
-    if settings.eval_dataset_name not in (None, settings.dataset_name):
-        return True
-    return (
-        settings.eval_split != "auto" and _split(settings.eval_split)["name"] != _split(settings.dataset_split)["name"]
-    )
-
-
-@contextlib.contextmanager
-def _named_for_evaluation(settings: Settings) -> Iterator[None]:
-    """Let refusals name the settings that the held-out rows come from."""
-    try:
-        yield
-    except Refusal as refusal:
-        said = map(_of_evaluation, refusal.problems) if settings.eval_dataset_name else refusal.problems
-        raise type(refusal)(*(re.sub(r"\bDATASET_SPLIT=", "EVAL_SPLIT=", problem) for problem in said)) from None
-
-
-def _of_evaluation(problem: str) -> str:
-    return re.sub(r"\bDATASET_NAME=", "EVAL_DATASET_NAME=", problem)
 
 
 def refuse(bad: list[str], of: int, settings: Settings, needed: str) -> None:
@@ -249,7 +216,7 @@ def _from_hub(settings: Settings) -> tuple[str | None, list[Placed], tuple[list[
 def _places(settings: Settings, count: int) -> held_out.Places:
     """Which rows of a split of `count` rows are trained, and which are held out."""
     trained = _range(settings.dataset_split, count)
-    if not settings.eval_rows or _elsewhere(settings):
+    if not settings.eval_rows or held_out.elsewhere(settings):
         return held_out.Places(trained, [])
     if settings.eval_split == "auto":
         return held_out.choose(trained, count, settings)
@@ -266,7 +233,7 @@ def missing(settings: Settings) -> Iterator[str]:
     """What is wrong with the files or folders that DATASET_NAME and EVAL_DATASET_NAME name, in sentences."""
     yield from _missing(settings.dataset_name)
     if settings.eval_rows and settings.eval_dataset_name not in (None, settings.dataset_name):
-        yield from map(_of_evaluation, _missing(str(settings.eval_dataset_name)))
+        yield from map(held_out.of_evaluation, _missing(str(settings.eval_dataset_name)))
 
 
 def _missing(name: str) -> Iterator[str]:

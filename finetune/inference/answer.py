@@ -86,7 +86,8 @@ def answers(
     if why:
         print(f"answering by transformers' generate, which is slower: {why}", flush=True)
     if why is None:
-        folded = FOLDING * decode.folded_bytes(model) < _room(max_memory)
+        needed = FOLDING * decode.folded_bytes(model) + decode.cache_bytes(model, ids, limit)
+        folded = needed < _room(max_memory)
         new = _decoded(decode.Decoder(model, folded), ids, limit, ends, streamer)
         torch.cuda.empty_cache()
     else:

@@ -261,6 +261,15 @@ def folded_bytes(model: Any) -> int:
     return sum(m.in_features * m.out_features * width for m in linear if m.out_features * m.in_features > 0)
 
 
+def cache_bytes(model: Any, prompts: Sequence[Sequence[int]], limit: int) -> int:
+    """Bytes of the keys and values of all prompts and of `limit` new tokens each."""
+    base = _base_of(model)
+    config, width = base.config, base.get_input_embeddings().weight.element_size()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    places = len(prompts) * (max(map(len, prompts)) + limit)
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * head * places * width)
+
+
 @contextlib.contextmanager
 def _replayed(
     step: Callable[[], None], changed: Sequence[Tensor], device: torch.device, limit: int

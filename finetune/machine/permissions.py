@@ -12,7 +12,8 @@ from finetune.settings import Settings
 
 def closed(settings: Settings) -> Iterator[str]:
     """A sentence for each local path that a setting names and this user may not read; for a folder, each file in it."""
-    for name in filter(None, (settings.model_name, settings.dataset_name, settings.prompt_template)):
+    named = (settings.model_name, settings.dataset_name, settings.eval_dataset_name, settings.prompt_template)
+    for name in filter(None, named):
         path = Path(name).expanduser()
         if problem := denied(path):
             yield problem

@@ -194,6 +194,22 @@ def _at(name: str, commit: str | None) -> str:
     return f"{name} at {commit[:12]}" if commit else Path(name).name
 
 
+def _measured(record: Record) -> list[tuple[str, Any]]:
+    """What was measured on held-out rows, for a table."""
+    e = record.get("evaluation")
+    if not e:
+        return []
+    losses = [("before", e["before"]), ("after", e["after"]), ("change", e["change"])]
+    counts = ("rows", "labels", "truncated", "cut", "dropped", "duplicates")
+    return [
+        ("data", e["name"]),
+        *((name, e[name]) for name in counts),  # type: ignore[literal-required]
+        *((f"loss, {name}", f"{v['loss']:.4f} (95 %: {v['low']:.4f} to {v['high']:.4f})") for name, v in losses),
+        ("perplexity, before and after", f"{e['before']['perplexity']:.4g}, {e['after']['perplexity']:.4g}"),
+        ("adapter after update", f"{e['kept']}{', the best one' * e['best']}"),
+    ]
+
+
 def page(record: Record, curves: bytes) -> str:
     """report.html: one file that needs nothing else."""
     escape = html.escape
@@ -222,7 +238,6 @@ def page(record: Record, curves: bytes) -> str:
         + "</tr></table>"
         for number, row in enumerate(s.get("held_out", []), 1)
     )
-    measured = {k: v for k, v in (record.get("evaluation") or {}).items() if k not in ("each", "course", "sentence")}
     image = base64.b64encode(curves).decode()
     title = escape(record["settings"]["RUN_NAME"])
     return f"""<!doctype html>
@@ -240,7 +255,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f3f4f6; padd
 <h2>Curves</h2><img alt="loss (of training and of held-out rows), learning rate, gradient norm and epoch over the global step" src="data:image/png;base64,{image}">
 <h2>Before and after</h2><p>{escape(s["question"])}</p>
 <h3>Before training</h3><pre>{escape(s["before"])}</pre><h3>After training</h3><pre>{escape(s["after"])}</pre>{others}
-<h2>Held-out rows</h2>{table(list(measured.items()))}
+<h2>Held-out rows</h2>{table(_measured(record))}
 <h2>Rows</h2>{table(list(record["dataset"].items()))}
 <h2>Verification</h2>{table(list((record["verification"] or {}).items()))}
 <h2>Settings</h2>{table(list(record["settings"].items()))}

@@ -18,7 +18,7 @@ from trl import SFTConfig
 from finetune import console, patches
 from finetune.engines.precision import compute_dtype
 from finetune.settings import Settings
-from finetune.training import checkpoints, plan
+from finetune.training import checkpoints, plan, tracking
 from finetune.training.batches import MicroBatches, Padded, Recipes
 from finetune.training.evaluate import Course, Evaluation, Points, ended_early
 from finetune.training.order import Order
@@ -82,6 +82,7 @@ def fit(
     Raises SystemExit(143) after SIGTERM, 130 after SIGINT, 129 after SIGHUP; Diverged where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
     """
+    tracking.begin(settings)
     arguments, stop, resume = _arguments(settings, folder), Stop(), checkpoints.newest(folder)
     followed = recorded
     metrics: list[dict[str, float]] = []
@@ -155,6 +156,9 @@ def _evaluation(
     # a piece is no larger than the largest of training, where that is known
     most = max(chosen.tokens, tokens.longest) if chosen.tokens else None
     made = Evaluation(model, batches, tokens.held_out.rows, chosen.micro_batch, most, tokens.longest)
+    if not any(made.points.labels):
+        print(f"held out: no rows, since none has a label within its first {tokens.longest} tokens", flush=True)
+        return None
     points = Points.load(resume) if resume is not None else None
     if made.cut:
         print(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finetune import console, data, files
+from finetune.data import held_out
 from finetune.data.held_out import HeldOut
 from finetune.engines import precision, refusals
 from finetune.errors import MachineError, SettingsError
@@ -94,7 +95,7 @@ def _rows(found: Trained) -> HeldOut:
 
 def _alone(settings: Settings, tokenizer: Any, day: datetime.date) -> HeldOut:
     """The rows of EVAL_DATASET_NAME, compared with none."""
-    there = data.rows.measured(settings)
+    there = held_out.measured(settings)
     loaded = data.load(there)
     tokens = data.tokenize(loaded, tokenizer, there, day)
     rows = list(tokens.dataset.select(range(min(settings.eval_rows, len(tokens.dataset)))))

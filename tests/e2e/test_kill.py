@@ -22,7 +22,11 @@ from finetune.training import checkpoints
 
 WEIGHTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors.index.json")
 TOP = {"README.md", "curves.png", "metrics.jsonl", "report.html", "run.json", "samples.md"}
-LONG = {**QUICK, "MAX_STEPS": "12", "SAVE_STEPS": "3", "MAX_SEQ_LENGTH": "128"}
+# held-out rows are measured in between, and the best adapter is kept: both have to come out the same
+LONG = {
+    **QUICK, "MAX_STEPS": "12", "SAVE_STEPS": "3", "MAX_SEQ_LENGTH": "288", "DATASET_SPLIT": "train[0:8]", "EVAL_STEPS": "3",
+    "LOAD_BEST_MODEL_AT_END": "1",
+}  # fmt: skip
 
 
 def start(model: Path, output: Path, **values: Any) -> subprocess.Popen[str]:
@@ -165,6 +169,7 @@ def test_ten_kills_one_after_the_other(llama: Path, tmp_path: Path, undisturbed:
     record = train(llama, tmp_path, **LONG)
     assert record["training"]["resumed_from"] == 12
     assert record["training"]["losses"] == undisturbed["training"]["losses"] and weights(record) == weights(undisturbed)
+    assert record["evaluation"] == undisturbed["evaluation"] and len(record["evaluation"]["course"]) == 5
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoints", *TOP, "adapter", "merged"}
 
 
@@ -173,7 +178,12 @@ def test_a_killed_tokenizing_process_is_told_and_none_outlives_a_killed_run(llam
     (tmp_path / "rows.jsonl").write_text(lines)
 
     def tokenizing() -> tuple[subprocess.Popen[str], list[int]]:
-        many = {"DATASET_NAME": tmp_path / "rows.jsonl", "DATASET_CONFIG": "", "DATASET_NUM_PROC": 3}
+        many = {
+            "DATASET_NAME": tmp_path / "rows.jsonl",
+            "DATASET_CONFIG": "",
+            "DATASET_SPLIT": "train",
+            "DATASET_NUM_PROC": 3,
+        }
         process = start(llama, tmp_path / "out", **many)
         place = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while len(children := place.read_text().split()) < 3:

@@ -77,6 +77,29 @@ def test_measuring_held_out_rows_changes_no_byte_of_training(llama: Path, tmp_pa
     )
 
 
+def test_all_paths_measure_the_same_base(llama: Path, tmp_path: Path) -> None:
+    rows = file(tmp_path / "rows.jsonl", range(40))
+    values = {
+        "DATASET_NAME": rows,
+        "DATASET_CONFIG": "",
+        "DATASET_SPLIT": "train[0:20]",
+        "SAVE_MERGED": 0,
+        **ON_GPU,
+        "MAX_STEPS": 2,
+    }
+    paths: dict[str, dict[str, Any]] = {
+        "compiled": {},
+        "padded": {"TORCH_COMPILE": 0},
+        "unsloth": {"ENGINE": "unsloth"},
+    }
+    found = {name: train(llama, tmp_path / name, **values, **more)["evaluation"] for name, more in paths.items()}
+    for name in ("padded", "unsloth"):
+        for mine, other in zip(found["compiled"]["each"], found[name]["each"], strict=True):
+            assert mine["before"] == pytest.approx(other["before"], rel=0.02) and mine["labels"] == other["labels"], (
+                name
+            )
+
+
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
 def test_unsloth_adapts_only_the_text_decoder_of_a_model_that_sees(tmp_path: Path, kind: str) -> None:
     """Or refuses the model with the way out; it never trains what it should not, and never ends in a traceback."""

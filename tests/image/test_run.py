@@ -31,25 +31,6 @@ TINY = {
 SHORT = {"MAX_SEQ_LENGTH": "32", "GRADIENT_ACCUMULATION_STEPS": "1"}  # for many steps
 
 
-@pytest.fixture(scope="session")
-def models(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama, made by the image itself."""
-    folder = tmp_path_factory.mktemp("models")
-    folder.chmod(0o1777)
-    make = (
-        "import os, sys; sys.path.insert(0, '/app/tests'); import tiny; from pathlib import Path; folder = Path('/models/llama'); "
-        "tiny.model(folder); [os.chmod(file, 0o644) for file in folder.iterdir()]"  # weights are written for their owner alone
-    )
-    done = image.run(
-        "python",
-        "-c",
-        make,
-        options=("-v", f"{folder}:/models", "-v", f"{ROOT / 'tests/tiny.py'}:/app/tests/tiny.py:ro"),
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 def options(models: Path, outputs: Path, **changes: str) -> tuple[str, ...]:
     """`docker run` options for a tiny run into `outputs`."""
     values = [word for name, value in {**TINY, **changes}.items() for word in ("-e", f"{name}={value}")]

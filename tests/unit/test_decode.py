@@ -115,3 +115,12 @@ def test_what_is_not_served_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert why in str(decode.unserved(AutoModelForCausalLM.from_pretrained(place)))
     monkeypatch.setitem(sys.modules, "unsloth", None)  # imported by its engine alone, and it patches classes in place
     assert "unsloth has changed" in str(decode.unserved(model(tmp_path, "llama")))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_cache_takes_the_bytes_that_are_counted(tmp_path: Path, kind: str) -> None:
+    decoder = decode.Decoder(loaded := model(tmp_path, kind, adapted=False), False)
+    state = decode._State(
+        decoder, len(PROMPTS), max(map(len, PROMPTS)) + LIMIT, torch.zeros(len(PROMPTS), dtype=torch.long)
+    )
+    assert decode.cache_bytes(loaded, PROMPTS, LIMIT) == sum(each.nbytes for each in [*state.keys, *state.values])

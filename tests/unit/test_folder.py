@@ -224,7 +224,7 @@ def input_in(output: Path, *, links: bool) -> list[tuple[str, Path]]:
     (output / "checkpoints" / "rows.jsonl").write_text("{}")
     (output / "samples.md").write_text("{} {} {}")
     found = [
-        ("MODEL_NAME", output / "merged"), ("MODEL_NAME", output / "adapter.old"), ("DATASET_NAME", output / "checkpoints" / "rows.jsonl"),
+        ("MODEL_NAME", output / "merged"), ("MODEL_NAME", output / "adapter.old"), ("DATASET_NAME", output / "checkpoints" / "rows.jsonl"), ("EVAL_DATASET_NAME", output / "checkpoints" / "rows.jsonl"),
         ("PROMPT_TEMPLATE", output / "samples.md"), ("DATASET_NAME", output / "checkpoints"), ("MODEL_NAME", output),
     ]  # fmt: skip
     if links:

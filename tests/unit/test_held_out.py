@@ -13,7 +13,8 @@ import pytest
 
 import tiny
 from finetune import data
-from finetune.data import held_out, near_duplicates, rows
+from finetune.data import held_out, held_tokens, near_duplicates, rows
+from finetune.data.formats.base import Text
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
@@ -165,6 +166,12 @@ def test_the_last_rows_of_a_file_are_held_out_and_no_longer_trained(tmp_path: Pa
     assert question.reference.count("word") == 12
 
 
+def test_a_row_is_asked_up_to_its_last_answer() -> None:
+    conversation = Text("Q1 A1 Q2 A2 ", [(3, 5), (9, 12)])
+    assert held_tokens.question(conversation) == held_out.Question("Q1 A1 Q2 ", "A2")
+    assert held_tokens.question(Text("plain", [(0, 5)])) is None and held_tokens.question(Text("plain", [])) is None
+
+
 def test_rows_beside_the_slice_leave_training_as_it_is_also_where_they_are_bad(tmp_path: Path, words: Any) -> None:
     path = file(tmp_path / "rows.jsonl", range(100))
     lines = path.read_text().splitlines()
@@ -202,7 +209,7 @@ def test_rows_from_another_place_are_measured_and_all_others_trained(tmp_path: P
 @pytest.mark.parametrize(
     ("content", "values", "said"),
     [
-        (None, {}, "no such file"), ("{", {}, "not JSON"), ("[]\n", {}, "not an object"), ('{"Question": 1}\n', {}, "row 1"), ("", {}, "no rows"),
+        (None, {}, "no such file"), ("{", {}, "not JSON"), ("[]\n", {}, "not an object"), ('{"Question": 1}\n', {}, "row 1"), ("", {}, "holds no rows"),
         ("{}", {"EVAL_SPLIT": "test"}, "EVAL_SPLIT=test: a file or folder has only the split train"),
     ],
 )  # fmt: skip
