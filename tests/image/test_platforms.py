@@ -66,7 +66,12 @@ def clients() -> Path:
 
 def python(clients: Path, code: str, *words: str, cwd: Path) -> str:
     """Run `code` with the clients; what it prints. -S and PYTHONPATH: of this environment nothing but the standard library."""
-    environ = {"PATH": os.environ["PATH"], "HOME": str(cwd), "PYTHONPATH": str(clients), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    environ = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(cwd),
+        "PYTHONPATH": str(clients),
+        "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, *words], env=environ, cwd=cwd, capture_output=True, text=True
     )
