@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import importlib
-import io
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+if __name__ == "__main__" and (sys.flags.optimize or sys.flags.safe_path):
+    # the libraries rely on asserts and docstrings, and the import below on this file's folder in the path
+    plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONOPTIMIZE", "PYTHONSAFEPATH")}
+    os.execve(sys.executable, [sys.executable, __file__, *sys.argv[1:]], plain)
+
 from finetune import __version__, console, environment
-from finetune.errors import Refusal, of_machine
+from finetune.errors import MachineError, told
+from finetune.machine import launcher, limits, signals
 from finetune.settings import Settings
 from finetune.verbs import table
 
@@ -25,33 +29,32 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
         return 0
     if verb not in table.VERBS:
         return execute(argv, environ)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
-            stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letters is no reason to stop
+    signals.listen()
+    console.guard()
+    known: list[str] = []  # secrets, to be kept out of a traceback
     try:
-        call = table.parse(argv)
-        settings = None if call.verb.source == "none" else settle(call, environ)
-        importlib.import_module(call.verb.module).run(settings, os.environ, call.word)
+        run(table.parse(argv), environ, known)
+        sys.stdout.flush()
         return 0
-    except Refusal as refusal:
-        code, problems = refusal.code, refusal.problems
-    except KeyboardInterrupt:
-        code, problems = 128 + signal.SIGINT, ["interrupted"]
-    except BrokenPipeError:  # the reader of our lines is gone (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it ends
-        code, problems = 128 + signal.SIGPIPE, ["whatever read the output has closed it, and the run has ended with it"]
-    except OSError as error:
-        if (problem := of_machine(error)) is None:
-            raise
-        code, problems = 3, [problem]
-    print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
-    return code
+    except (Exception, KeyboardInterrupt) as error:
+        code, problems = told(error) or (1, console.bug(error, known))
+        console.leave(code, problems, lost=isinstance(error, OSError))
+        return code
+
+
+def run(call: table.Call, environ: Mapping[str, str], known: list[str]) -> None:
+    """Run the verb. known: takes the secrets as soon as they are read."""
+    if not os.path.exists(os.readlink("/proc/self/cwd")):
+        raise MachineError("the folder in which this was started has been deleted; start it in one that exists")
+    settings = None if call.verb.source == "none" else settle(call, environ)
+    known += settings.secrets() if settings else []
+    importlib.import_module(call.verb.module).run(settings, os.environ, call.word)
 
 
 def settle(call: table.Call, environ: Mapping[str, str]) -> Settings:
     """The settings of a call. The libraries are told of theirs in the process's environment."""
     layered, line = environment.layered(environment.dotenv(Path(".env")), environ), call.line
+    layered = launcher.alone(layered, os.environ)
     if call.verb.source == "record":
         from finetune.run import restore  # imports pydantic: not for `--help`
 
@@ -59,7 +62,7 @@ def settle(call: table.Call, environ: Mapping[str, str]) -> Settings:
         for name in environment.NUMERIC:
             os.environ.pop(name, None)
     settings = Settings.from_env(layered, line, publishes=call.verb.publishes)
-    os.environ.update(environment.variables(settings, layered))
+    os.environ.update(environment.variables(settings, layered, limits.cpus()))
     console.hush()
     console.beat_in(Path(os.environ.get("FINETUNE_STATE_DIR") or "/tmp/finetune"), settings.health_timeout)
     return settings
@@ -70,9 +73,8 @@ def execute(argv: list[str], environ: Mapping[str, str]) -> int:
     try:
         os.execvpe(argv[0], argv, dict(environ))
     except (OSError, ValueError) as error:  # ValueError: an empty word, as a variable without a value gives it
-        verbs = ", ".join(table.VERBS)
         why = error.strerror if isinstance(error, OSError) else "an empty word"
-        print(f"error: {argv[0]}: neither a verb ({verbs}) nor a command ({why})", file=sys.stderr)
+        print(f"error: {argv[0]}: neither a verb nor a command ({why}); {table.meant(argv[0])}", file=sys.stderr)
         return 127 if isinstance(error, (FileNotFoundError, ValueError)) else 126
 
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from finetune.errors import without_password
 
 SILENCE, SILENCE_LATER, PATIENT = 5, 30, 60  # seconds between two lines, later on, and when that begins
 
 _state: Path | None = None
 _timeout = 0.0
+_note: Path | None = None
 
 
 def beat_in(folder: Path, timeout: float) -> None:
@@ -30,10 +36,24 @@ def beat_in(folder: Path, timeout: float) -> None:
         _state = None  # a health check then finds none, and training goes on
 
 
+def note_in(path: Path | None) -> None:
+    """Keep the name of the phase in the file `path` from now on, or no longer. It outlives a process that is killed."""
+    global _note
+    _note = path
+    _write_note("starting")
+
+
+def _write_note(phase: str) -> None:
+    if _note is not None:
+        with contextlib.suppress(OSError):
+            _note.write_text(json.dumps(dict(phase=phase, time=time.time())), encoding="utf-8")
+
+
 def phase(name: str, line: str) -> None:
     """Announce what begins now."""
     print(line, flush=True)
     beat(name)
+    _write_note(name)
 
 
 @contextlib.contextmanager
@@ -91,6 +111,64 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+
+
+# of a terminal: all that moves, colours or hides text, except tab and line feed; and letters that turn the direction of others
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def _written(found: re.Match[str]) -> str:
+    """A control character as it is written in Python."""
+    return ascii(found[0])[1:-1]
+
+
+class Plain:
+    """A stream on which no value can do anything to the terminal: an answer, a row, a name. Control characters are written out."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return int(self._stream.write(CONTROL.sub(_written, text)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def guard() -> None:
+    """From now on nothing that is printed can upset the terminal, whatever letters it knows."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letters is no reason to stop
+    if sys.stdout is not None and not isinstance(sys.stdout, Plain):
+        sys.stdout = Plain(sys.stdout)  # tqdm's bars, on stderr, do move the cursor
+
+
+def bug(error: BaseException, secrets: Sequence[str]) -> list[str]:
+    """What to say of an error that nobody expected, after its traceback, in which no secret is left."""
+    text = without_password("".join(traceback.format_exception(error)))
+    for secret in secrets:
+        text = text.replace(secret, "<SECRET>")
+    print(text, file=sys.stderr)
+    return [
+        f"this is a bug of this program ({type(error).__name__}). What has its final name in OUTPUT_DIR is whole, checkpoints too: "
+        "the same command goes on from there. Please report it with the lines above, the command and its settings"
+    ]
+
+
+def leave(code: int, problems: Sequence[str], lost: bool) -> None:
+    """Say why the program ends. lost: perhaps nothing can be written any more, and Python must not find that out once more."""
+    with contextlib.suppress(OSError):
+        print(
+            *(CONTROL.sub(_written, f"error: {problem}") for problem in problems), sep="\n", file=sys.stderr, flush=True
+        )
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        lost = True
+    if lost:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Progress:

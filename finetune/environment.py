@@ -53,6 +53,8 @@ CACHES = {
     "MPLCONFIGDIR": "finetune/matplotlib",
 }
 
+COMPILED = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # programs are loaded from there
+
 
 def dotenv(path: Path) -> dict[str, str]:
     """The variables of a .env file; {} where there is none. Raises SettingsError that names each line with no meaning."""
@@ -68,7 +70,12 @@ def dotenv(path: Path) -> dict[str, str]:
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
     # python-dotenv would skip a line that it cannot parse, and the run would take the default
-    if odd := [str(binding.original.line) for binding in bindings if binding.error or "\0" in binding.original.string]:
+    # python-dotenv takes a name without = too, and gives it no value
+    if odd := [
+        str(binding.original.line)
+        for binding in bindings
+        if binding.error or "\0" in binding.original.string or (binding.key and binding.value is None)
+    ]:
         raise SettingsError(
             f"{path}: not understood in line {', '.join(odd)}; each line is NAME=value, for example MAX_STEPS=60"
         )
@@ -80,12 +87,15 @@ def layered(file: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, st
     return {**file, **{name: value for name, value in environ.items() if value or name == "CUDA_VISIBLE_DEVICES"}}
 
 
-def variables(settings: Settings, layered: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the process's environment. What the user set stays as it is."""
+def variables(settings: Settings, layered: Mapping[str, str], cpus: int | None = None) -> dict[str, str]:
+    """What to add to the process's environment. What the user set stays as it is. cpus: how many may compute; None: all."""
     ours = {d.name for d in declarations()}
     wanted = {name: value for name, value in layered.items() if name not in ours}
     output = Path(settings.output_dir).absolute()
     defaults = dict(ALWAYS, TENSORBOARD_LOGGING_DIR=str(output / "tensorboard"), WANDB_DIR=str(output))
+    if cpus is not None:  # torch would start a thread for each core, and they would take the quota from each other
+        defaults["OMP_NUM_THREADS"] = str(cpus)
+        defaults["TORCHINDUCTOR_COMPILE_THREADS"] = str(min(cpus, int(ALWAYS["TORCHINDUCTOR_COMPILE_THREADS"])))
     if settings.wandb_api_key:
         defaults["WANDB_API_KEY"] = settings.wandb_api_key.reveal()
     elif settings.report_to == "wandb":
@@ -103,15 +113,17 @@ def _caches(layered: Mapping[str, str]) -> dict[str, str]:
     below = layered.get("XDG_CACHE_HOME") or (home and f"{home}/.cache")
     named = {name: layered.get(name) or (below and f"{below}/{part}") for name, part in CACHES.items()} | {"HOME": home}
     lost = [name for name, place in named.items() if not (place and _writable(Path(place)))]
+    noexec = [name for name in COMPILED if name not in lost and not files.runs_programs(Path(named[name]))]
     hub = Path(named["HF_HOME"] or "/nonexistent") / "hub"
     readable = "HF_HOME" in lost and os.access(hub, os.R_OK | os.X_OK)  # a cache mounted read-only still has its models
-    if lost:
-        temporary = _temporary()
-        print(
-            f"caches: {', '.join(lost)} cannot be written and go to {temporary}, which may be deleted after this run",
-            flush=True,
-        )
-        named |= {name: f"{temporary}/{CACHES[name]}" for name in lost}
+    for names, why in ((lost, "cannot be written"), (noexec, "hold no programs (mounted noexec)")):
+        if names:
+            temporary = _temporary()
+            print(
+                f"caches: {', '.join(names)} {why} and go to {temporary}, which may be deleted after this run",
+                flush=True,
+            )
+            named |= {name: f"{temporary}/{CACHES[name]}" for name in names}
     if readable and "HF_HUB_CACHE" not in layered:
         print(f"caches: models are read from {hub}", flush=True)
         named["HF_HUB_CACHE"] = str(hub)

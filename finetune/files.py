@@ -6,8 +6,8 @@ import contextlib
 import errno
 import hashlib
 import json
+import mmap
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import MachineError, Refusal
+from finetune.errors import MachineError, Refusal, of_machine
 
 PIECE = 2**24  # bytes; a thread asks for the GIL after each, and waits up to 5 ms for it while another imports
 
@@ -48,9 +48,8 @@ def told(folder: Path) -> Iterator[None]:
     except (OSError, Refusal):
         raise
     except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found and int(found[1]) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
+        if problem := of_machine(error):
+            raise MachineError(f"{folder}: {problem}") from None
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(2**20))  # raises where there is no room
         raise
@@ -70,6 +69,20 @@ def temporary() -> str:
 def existing(folder: Path) -> Path:
     """The folder, or the first above it that exists. (`Path.exists` raises without the permission to look.)"""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+
+
+def runs_programs(folder: Path) -> bool:
+    """Whether code can be loaded from files in the folder, or in the first above it that exists: not where it is mounted noexec."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)) as probe:
+            probe.write(bytes(mmap.PAGESIZE))
+            probe.flush()
+            mmap.mmap(probe.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC).close()
+    except PermissionError as error:
+        return error.errno != errno.EPERM  # EACCES: it may not be written, which others say
+    except OSError:
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -338,6 +338,11 @@ class Settings:
         """A copy with other values."""
         return dataclasses.replace(self, **values)
 
+    def secrets(self) -> list[str]:
+        """The secrets themselves, for whoever has to keep them out of a text."""
+        found = (getattr(self, d.field) for d in declarations() if d.secret)
+        return [value.reveal() for value in found if value is not None]
+
     def record(self) -> dict[str, Any]:
         """The settings as JSON values under their names, secrets left out."""
         found = {d.name: getattr(self, d.field) for d in declarations() if not d.secret}
@@ -425,16 +430,19 @@ class Declaration:
         if raw and file:
             raise ValueError(f"{self.name} and {self.name}_FILE are both set: keep one")
         if file:
+            shown = (
+                f"={file}" if "/" in file else ""
+            )  # without one it may be the secret itself, given to the wrong name
             try:
                 raw = Path(file).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "not a text file"
+            except (OSError, ValueError) as error:  # not UTF-8, or a name with a NUL
+                reason = _closed(file) or getattr(error, "strerror", None) or "not a text file"
                 raise ValueError(
-                    f"{self.name}_FILE={file}: cannot be read ({reason}); it takes the path of a file that holds "
+                    f"{self.name}_FILE{shown}: cannot be read ({reason}); it takes the path of a file that holds "
                     f"nothing but the secret, for example {self.name}_FILE=/run/secrets/{self.field}"
                 ) from None
             if not raw:
-                raise ValueError(f"{self.name}_FILE={file}: the file is empty; it takes a file that holds the secret")
+                raise ValueError(f"{self.name}_FILE{shown}: the file is empty; it takes a file that holds the secret")
         if raw and not (raw.isascii() and raw.isprintable() and " " not in raw):
             raise ValueError(f"{self.name}: holds spaces or characters that no token has; copy it again")
         return Secret(raw) if raw else None
@@ -477,6 +485,20 @@ class Declaration:
         raise ValueError(
             f"{self.name}={raw}: not allowed{hint}; it takes {self.allowed()}, for example {self.name}={example}"
         )
+
+
+def _closed(file: str) -> str | None:
+    """Who may read a file that this user may not, and the way out; None: it is not that."""
+    try:
+        if os.access(file, os.R_OK):
+            return None
+        found = os.stat(file)
+    except OSError:
+        return None
+    return (
+        f"it belongs to user {found.st_uid} with mode {found.st_mode & 0o7777:04o}, and this is user {os.getuid()}: run as its owner "
+        f"(docker run --user {found.st_uid}:{found.st_gid}), or chown {os.getuid()} {file}"
+    )
 
 
 def declarations() -> tuple[Declaration, ...]:
@@ -542,7 +564,16 @@ def _unknown(names: Mapping[str, str], *, strict: bool) -> Iterator[str]:
         elif strict and upper.startswith(_LIBRARIES):
             yield f"{name}: is a variable of the libraries and no setting; set it in the environment or in .env, and not here"
         elif strict:
-            yield f"{name}: there is no such setting; `env` lists them all, for example MAX_STEPS=60"
+            near = _nearest(upper, known)
+            yield f"{name}: there is no such setting; {near}`env` lists them all, for example MAX_STEPS=60"
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    """For a name with more than one slip."""
+    import difflib  # takes some milliseconds, and only a mistake needs it
+
+    found = difflib.get_close_matches(name, sorted(known), 1, 0.75)
+    return f"did you mean {found[0]}? " if found else ""
 
 
 def _one_slip(a: str, b: str) -> bool:
@@ -557,6 +588,10 @@ def _one_slip(a: str, b: str) -> bool:
 
 def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
     """Sentences on values that do not go together, before anything is downloaded."""
+    for name in ("MODEL_NAME", "DATASET_NAME", "PROMPT_TEMPLATE", "OUTPUT_DIR"):
+        path = os.fsencode(getattr(s, name.lower()) or "")
+        if len(path) > 3900 or any(len(part) > 240 for part in path.split(b"/")):  # files below it need room too
+            yield f"{name}: a path of {len(path)} bytes, or a name in it, is too long; a name has at most 240 bytes"
     if s.max_steps == -1 and s.num_train_epochs is None:
         yield "MAX_STEPS=-1: needs the number of passes over the rows, for example NUM_TRAIN_EPOCHS=1"
     if s.lr_scheduler_type == "polynomial" and s.learning_rate <= 1e-7:

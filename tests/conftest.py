@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,12 @@ def logits(base: Path, output: Path, ids: Any) -> tuple[Any, Any]:
     merged = AutoModelForCausalLM.from_pretrained(output / "merged", dtype=torch.float32).eval()
     with torch.inference_mode():
         return both(ids).logits, merged(ids).logits
+
+
+@pytest.fixture(scope="session")
+def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on a base of its own, which lies beside it. It is not to be changed."""
+    home = tmp_path_factory.mktemp("finished")
+    shutil.copytree(llama, home / "base")
+    train(home / "base", home / "out", MAX_STEPS=2)
+    return home / "out"

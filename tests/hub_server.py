@@ -17,6 +17,8 @@ import json
 import math
 import re
 import signal
+import socket
+import struct
 import threading
 import traceback
 from collections import Counter
@@ -146,11 +148,25 @@ class Request:
 
 @dataclass
 class Fault:
+    """What goes wrong with a request. cut: the connection is closed, by `reset` with an RST; stall: seconds before the answer.
+
+    after: bytes of the body that are sent. announced: bytes that the header promises. body: sent in place of the right one.
+    """
+
     pattern: str = ""
     status: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
     cut: bool = False
+    reset: bool = False
     after: int | None = None
+    announced: int | None = None
+    stall: float = 0
     flip: float | None = None
+    body: bytes | None = None
+
+
+HTML = b"<!doctype html><html><body>Please log in to the hotel's network</body></html>"
+PORTAL: Mapping[str, Any] = {"body": HTML, "headers": {"Content-Type": "text/html; charset=utf-8"}}
 
 
 class HubServer:
@@ -159,14 +175,19 @@ class HubServer:
     Patterns are regular expressions, searched in "METHOD /path".
     """
 
-    def __init__(self, tokens: Mapping[str, Token] = TOKENS, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self, tokens: Mapping[str, Token] = TOKENS, host: str = "127.0.0.1", port: int = 0, *, quiet: bool = False
+    ) -> None:
+        self.quiet = quiet  # nothing on stderr, not even where a client is gone
         self.tokens = dict(tokens)
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Request] = []
         self.uploads: dict[str, bytes] = {}  # LFS content by sha256
         self.faults: list[Fault] = []  # each for one request
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer((host, port), type("Handler", (_Handler,), {"hub": self}))
+        self.over = threading.Event()  # ends every stall
+        self._server = _Server((host, port), type("Handler", (_Handler,), {"hub": self}))
+        self._server.quiet = quiet
         self._server.socket.listen(128)  # 5 is its default; a client with eight threads would wait a second to get in
         self.url = f"http://{host}:{self._server.server_port}"
 
@@ -175,6 +196,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -218,6 +240,10 @@ class HubServer:
         """Answer the next requests that match with one bit of the body flipped, under the right hash. at: 0 first byte, 1 last."""
         self.faults += [Fault(pattern, flip=at)] * times
 
+    def fault(self, pattern: str, times: int = 1, **what: Any) -> None:
+        """Let this go wrong with the next requests that match. what: fields of `Fault`."""
+        self.faults += [Fault(pattern, **what)] * times
+
     def take_fault(self, request: str) -> Fault:
         with self.lock:
             for fault in self.faults:
@@ -247,10 +273,22 @@ def route(method: str, path: str, *, write: bool = False) -> Callable[[Handle], 
     return register
 
 
+class _Server(ThreadingHTTPServer):
+    quiet = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not self.quiet:
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # header and body leave together; apart, the second waits 40 ms for an acknowledgement
     hub: HubServer
+
+    def log_message(self, format: str, *values: Any) -> None:
+        if not self.hub.quiet:
+            super().log_message(format, *values)
 
     def serve(self) -> None:
         path, _, query = self.path.partition("?")
@@ -261,13 +299,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.entry = Request(self.command, path, self.token is not None)
         self.hub.requests.append(self.entry)
         self.fault = self.hub.take_fault(f"{self.command} {path}")
-        self.close_connection |= self.fault.cut
-        if self.fault.cut and self.fault.after is None:
-            return
+        self.close_connection |= self.fault.cut or self.fault.reset or self.fault.announced is not None
+        if self.fault.reset:  # closed with nothing lingering, TCP says RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if (self.fault.cut or self.fault.reset) and self.fault.after is None:
+            return None
         self.body = self.read_body()  # always: left unread, it would be taken for the next request
+        if self.fault.stall:
+            self.hub.over.wait(self.fault.stall)
         try:
             if self.fault.status:
-                raise HubError(self.fault.status, "Injected fault")
+                raise HubError(self.fault.status, "Injected fault", **self.fault.headers)
+            if self.fault.body is not None and self.command != "HEAD":
+                return self.send(200, self.fault.body, {"Content-Type": "application/json"})
             if bearer and not self.token:
                 raise HubError(401, "Invalid credentials in Authorization header")
             if (answer := self.dispatch(path)) is not None:
@@ -330,7 +374,8 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self.entry.status = status
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        length = len(body) if self.fault.announced is None else self.fault.announced
+        for name, value in {**headers, **self.fault.headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

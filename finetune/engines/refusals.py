@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from finetune.errors import MachineError, SettingsError, first_line
+from finetune.errors import MachineError, SettingsError, first_line, of_machine
 from finetune.settings import Settings
 from finetune.sources.model import Source
 
@@ -26,6 +26,8 @@ def loading(
                 f"{variable}={source.name}: its weights do not fit the GPU's memory ({full}); take a smaller "
                 "model, or a GPU on which nothing else runs"
             ) from None
+        if problem := of_machine(error):
+            raise MachineError(f"{variable}={source.name}: {problem}") from None
         raise SettingsError(
             f"{variable}={source.name}: cannot be loaded as a causal language model ({first_line(error)}); {remedy}"
         ) from None

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finetune import files
+from finetune.machine import container
 from finetune.settings import Settings
 
 
-def unwritable(settings: Settings) -> Iterator[str]:
+def unwritable(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
     """The sentence for an OUTPUT_DIR that cannot be written."""
     folder = Path(settings.output_dir)
     try:
@@ -22,7 +23,7 @@ def unwritable(settings: Settings) -> Iterator[str]:
     except OSError as error:
         yield (
             f"OUTPUT_DIR={folder}: cannot be written ({error.strerror}). Give a folder that user {os.getuid()} may "
-            "write, for example OUTPUT_DIR=/tmp/outputs, or with Docker --user $(id -u):$(id -g) and a volume you own."
+            f"write{'' if container.image() else ', for example OUTPUT_DIR=~/outputs'}; {container.owner(environ, folder)}."
         )
 
 

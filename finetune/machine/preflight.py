@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finetune import files
+from finetune.environment import COMPILED
 from finetune.errors import MachineError, SettingsError
-from finetune.machine import disk
+from finetune.machine import container, cuda, disk, limits, memory
 from finetune.machine.gpus import Gpu, cuda_version, number
 from finetune.settings import Settings
 
@@ -18,7 +19,8 @@ CPU_PARAMETERS = 500_000_000  # ENGINE=auto trains nothing larger without a GPU:
 # Oldest driver for each CUDA major version (12.x by minor-version compatibility). scripts/bootstrap.sh reads it here.
 DRIVERS = {13: 580, 12: 525}
 OLDEST_CAPABILITY = (7, 5)  # the torch wheels hold kernels for sm_75 to sm_120
-DOCKER_RUN = 'docker run --gpus all -v "$PWD/outputs:/outputs" IMAGE'
+# Processes and threads of a run: 10 were seen on two CPUs, and 44 with a GPU on 32. Pools grow with the CPUs.
+TASKS, TASKS_WITH_GPU = 10, 10
 
 
 def check(
@@ -33,9 +35,12 @@ def check(
     problems = [
         *missing,
         *damaged,
-        *_gpu(settings, visible, count),
-        *_compiler(visible, environ),
-        *disk.unwritable(settings),
+        *gpu_problems(settings, visible, count, environ),
+        *cuda.problems(visible, environ),
+        *compiler(visible, environ),
+        *memory.too_small(settings, count, bool(visible)),
+        *tasks(bool(visible)),
+        *disk.unwritable(settings, environ),
         *disk.too_small(settings, environ, count),
     ]
     if problems:
@@ -45,22 +50,40 @@ def check(
         lines.append("GPU: only the first is used; CUDA_VISIBLE_DEVICES chooses another")
     if count:
         lines.append(f"model: {settings.model_name}, {_billions(count)} parameters")
-    free = shutil.disk_usage(files.existing(Path(settings.output_dir))).free
-    return [*lines, f"OUTPUT_DIR: {settings.output_dir}, {free / 2**30:.0f} GiB free"]
+    output = Path(settings.output_dir)
+    free = shutil.disk_usage(files.existing(output)).free
+    lines.append(f"OUTPUT_DIR: {settings.output_dir}, {free / 2**30:.0f} GiB free")
+    if container.image() and (why := container.lost(output)):
+        lines.append(
+            f"note: OUTPUT_DIR={settings.output_dir} goes away with this container, since {why}. To keep the results: "
+            f"{container.command(environ, container.mounted(output) + ' ' + container.CACHE)}"
+        )
+    return lines
 
 
-def _gpu(settings: Settings, visible: list[Gpu], count: int | None) -> Iterator[str]:
+def tasks(gpu: bool) -> Iterator[str]:
+    """The sentence for a limit of processes that a run would meet: it would end with a thread that cannot be started."""
+    left = limits.pids()
+    needed = TASKS + (os.cpu_count() or 1) + TASKS_WITH_GPU * gpu
+    if left is not None and left < needed:
+        yield (
+            f"processes: {left} more processes and threads may be started here, and a run needs about {needed}. Raise the limit, "
+            f"for example docker run --pids-limit {max(512, 4 * needed)}, or podPidsLimit of the kubelet in Kubernetes."
+        )
+
+
+def gpu_problems(
+    settings: Settings, visible: list[Gpu], count: int | None, environ: Mapping[str, str]
+) -> Iterator[str]:
     """Sentences on a GPU that is missing, too old, or has too old a driver."""
     if not visible:
+        run = container.command(environ)
         if settings.engine == "unsloth":
-            yield (
-                f"No GPU is visible, and ENGINE=unsloth needs one. With a GPU: {DOCKER_RUN}. "
-                "Without: ENGINE=transformers."
-            )
+            yield (f"No GPU is visible, and ENGINE=unsloth needs one. With a GPU: {run}. Without: ENGINE=transformers.")
         elif settings.engine == "auto" and count is not None and count > CPU_PARAMETERS:
             yield (
                 f"No GPU is visible, and {settings.model_name} with {_billions(count)} parameters is too large for a "
-                f"CPU. With a GPU: {DOCKER_RUN} (nvidia-smi must list it). Without: `make smoke` trains a small model; "
+                f"CPU. With a GPU: {run} (nvidia-smi must list it). Without: `make smoke` trains a small model; "
                 "ENGINE=transformers trains this one on the CPU, for days."
             )
         return
@@ -85,7 +108,7 @@ def _gpu(settings: Settings, visible: list[Gpu], count: int | None) -> Iterator[
         yield f"DTYPE=bfloat16: {gpu.name} computes bfloat16 only by emulation; use DTYPE=auto or DTYPE=float16"
 
 
-def _compiler(visible: list[Gpu], environ: Mapping[str, str]) -> Iterator[str]:
+def compiler(visible: list[Gpu], environ: Mapping[str, str]) -> Iterator[str]:
     """What Triton needs to compile the launchers of its kernels. Without it the first update would fail."""
     if not visible:
         return
@@ -101,6 +124,13 @@ def _compiler(visible: list[Gpu], environ: Mapping[str, str]) -> Iterator[str]:
             f"{header} is missing, and GPU kernels are compiled with it. Install it (apt-get install python3-dev), or "
             "use a Python that has it: `make train PYTHON=…`, or one that uv brings."
         )
+
+    for name in COMPILED:
+        if (place := environ.get(name)) and not files.runs_programs(Path(place)):
+            yield (
+                f"{name}={place}: no program can be loaded from there (mounted noexec), and GPU kernels are. Give a folder where one "
+                f"can, for example {name}=/outputs/kernels, or with docker run --read-only: --tmpfs /tmp:exec"
+            )
 
 
 def _billions(count: int) -> str:

@@ -14,7 +14,9 @@ from typing import Any
 
 from finetune import files
 from finetune.errors import MachineError, OutputError, SettingsError
+from finetune.machine import container
 from finetune.machine.permissions import denied
+from finetune.run import identity as identities
 from finetune.run import record as records
 from finetune.run.record import Record
 from finetune.settings import Settings
@@ -46,7 +48,7 @@ def locked(output: Path) -> Iterator[None]:
     except BlockingIOError:
         raise MachineError(
             f"OUTPUT_DIR={output}: another run is writing there. Wait until it has ended, or give another folder, for example "
-            f"OUTPUT_DIR={output}-2"
+            f"{container.another(output)}"
         ) from None
     except OSError:
         pass
@@ -70,13 +72,8 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
     if settings.overwrite:
         return False
     complete, place = (output / "run.json").is_file(), output / IDENTITY
-    if place.is_file():
-        try:
-            before = dict(json.loads(place.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise OutputError(
-                f"{place}: cannot be read ({error}); give another OUTPUT_DIR, or OVERWRITE=1 to replace the run in this one"
-            ) from None
+    if place.is_file() or complete:
+        before = _identity(output)
         different = [k for k in sorted({*before, *identity}) if before.get(k) != identity.get(k)]
         if different:
             raise SettingsError(
@@ -95,6 +92,20 @@ def begin(settings: Settings, output: Path, identity: Mapping[str, Any]) -> bool
             f"OUTPUT_DIR={output}: already holds {', '.join(there)}; give another folder, or OVERWRITE=1 to replace them"
         )
     return False
+
+
+def _identity(output: Path) -> dict[str, Any]:
+    """That of the run in `output`; of a complete one whose checkpoints were removed, as its record has it."""
+    place = output / IDENTITY
+    way_out = "give another OUTPUT_DIR, or OVERWRITE=1 to replace the run in this one"
+    try:
+        if not place.is_file():
+            return identities.of(records.read(output / "run.json", OutputError))
+        return dict(json.loads(place.read_bytes()))
+    except OutputError as error:
+        raise OutputError(*error.problems, f"OUTPUT_DIR={output}: {way_out}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OutputError(f"{place}: cannot be read ({error}); {way_out}") from None
 
 
 def day(settings: Settings, output: Path, recorded: Mapping[str, Any] | None) -> datetime.date:
@@ -182,7 +193,7 @@ def _move(path: Path, to: Path) -> None:
         output = to.parent if path.parent.name == ASIDE else path.parent
         raise MachineError(
             f"{path}: cannot be moved to {to} ({error.strerror}), so the old run stays and no new one can take its place. Give "
-            f"another folder, for example OUTPUT_DIR={output}-2, or unmount {path.name} if it is a mount point"
+            f"another folder, for example {container.another(output)}, or unmount {path.name} if it is a mount point"
         ) from None
 
 
@@ -215,7 +226,7 @@ def inputs(settings: Settings) -> Iterator[str]:
             why = f"is OUTPUT_DIR={output} itself, where a run writes its own files"
         else:
             continue
-        yield f"{variable}={name}: {why}; give another folder for the run, for example OUTPUT_DIR={output}-2"
+        yield f"{variable}={name}: {why}; give another folder for the run, for example {container.another(output)}"
 
 
 def _ways(path: Path) -> set[str]:
@@ -252,13 +263,14 @@ def finished(output: Path) -> Record:
     return record
 
 
-def verify(output: Path) -> Record:
+def verify(output: Path, part: str = "") -> Record:
     """The record of the run in `output`, after every file was found to have the sha256 that the record says.
 
-    Raises OutputError that names each missing, changed or added file. Reads in small pieces; needs no GPU.
+    part: only this folder of it, such as adapter. Raises OutputError that names each missing, changed or added file. Reads in
+    small pieces; needs no GPU.
     """
     record = finished(output)
-    expected = record["files"]
+    expected = {name: entry for name, entry in record["files"].items() if name.startswith(part)}
     problems = [f"{output / name}: is missing" for name in expected if not (output / name).is_file()]
     there = {name: (output / name).stat().st_size for name in expected if (output / name).is_file()}
     for name, size in there.items():
@@ -269,7 +281,11 @@ def verify(output: Path) -> Record:
         if found != expected[name]["sha256"]:
             problems.append(f"{output / name}: is not the file that the run wrote (its sha256 differs)")
     # what lies beside the weights is loaded and published with them
-    problems += [f"{output / name}: is not of this run" for name in records.below(output) if name not in expected]
+    problems += [
+        f"{output / name}: is not of this run"
+        for name in records.below(output)
+        if name.startswith(part) and name not in expected
+    ]
     if problems:
         raise OutputError(
             *problems, f"OUTPUT_DIR={output}: is not whole; take a copy that is, or train again with OVERWRITE=1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from finetune.errors import HubError, MachineError, SettingsError
 from finetune.machine import permissions, preflight
 from finetune.machine.gpus import Gpu
 from finetune.run import folder
+from finetune.run.identity import HELD_OUT, MODEL_FILE, inputs
 from finetune.run.record import Record
 from finetune.settings import Settings
 from finetune.sources import local
@@ -20,8 +22,6 @@ from finetune.weights.parameters import parameters
 
 if TYPE_CHECKING:
     from finetune.data import Rows, Tokens
-
-MODEL_FILE = "model file "
 
 
 def look(settings: Settings, visible: list[Gpu], environ: Mapping[str, str]) -> list[str]:
@@ -51,19 +51,24 @@ def missing(settings: Settings) -> Iterator[str]:
     yield from data.formats.template.missing(settings)
 
 
+def from_hub(settings: Settings) -> bool:
+    """Whether the Hub is asked for the model or the rows. A run that needs nothing of it does not ask whose HF_TOKEN is."""
+    return not os.path.isdir(Path(settings.model_name).expanduser()) or data.on_hub(settings.dataset_name)
+
+
 def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> dict[str, Any]:
     """Name -> sha256 (or commit) of all that goes in.
 
     wanted: the run.json whose inputs these must be. Raises SettingsError that names each input that differs, and its setting.
     """
-    found = _flat(source.commit, source.digests, rows.sha256, tokens.sha256)
+    found = inputs(source.commit, source.digests, rows.sha256, tokens.sha256)
     more = {"date": tokens.date} if tokens.date else {}
     if tokens.held_out and tokens.held_out.rows:
-        more["held-out rows"] = tokens.held_out.sha256
+        more[HELD_OUT] = tokens.held_out.sha256
     if wanted is None:
         return found | more
     model, dataset = wanted["model"], wanted["dataset"]
-    recorded = _flat(model["commit"], model["files"], dataset["sha256"], dataset["tokens_sha256"])
+    recorded = inputs(model["commit"], model["files"], dataset["sha256"], dataset["tokens_sha256"])
     recorded["commit"] = found["commit"]  # equal files are the same model, whatever holds them
     differ = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
     if differ:
@@ -71,10 +76,6 @@ def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> 
         named = [name for name in differ if name != "tokens"] or differ
         raise SettingsError(*(_sentence(name, recorded.get(name), found.get(name), source, rows) for name in named))
     return found | more
-
-
-def _flat(commit: str | None, model: Mapping[str, str], rows: str, tokens: str) -> dict[str, Any]:
-    return {"commit": commit, **{MODEL_FILE + name: sha for name, sha in model.items()}, "rows": rows, "tokens": tokens}
 
 
 def _sentence(name: str, recorded: str | None, found: str | None, source: Source, rows: Rows) -> str:

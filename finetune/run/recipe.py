@@ -12,8 +12,9 @@ from pathlib import Path
 from finetune import console, data, sources
 from finetune.engines import refusals
 from finetune.engines.choose import choose
-from finetune.machine import gpus, memory, preflight
-from finetune.run import evaluation, folder, inputs, provenance
+from finetune.machine import cuda, gpus, memory, preflight
+from finetune.run import evaluation, folder, inputs, last, provenance
+from finetune.run.identity import versions
 from finetune.run.record import SCHEMA_VERSION, Record, below, entries, made
 from finetune.settings import Settings
 from finetune.sources import publish
@@ -36,10 +37,11 @@ class Clock:
 def run(settings: Settings, environ: Mapping[str, str], recorded: Record | None = None) -> None:
     """Train, verify, record, publish if asked; a complete run is only published. recorded: a run with the same inputs."""
     console.beat("starting")  # in a container that was started again, the last beat is that of the run before
-    clock, output, visible = Clock(), Path(settings.output_dir), gpus.gpus(environ)
+    clock, output, visible = Clock(), Path(settings.output_dir), cuda.visible(environ)
     print(*inputs.look(settings, visible, environ), sep="\n", flush=True)
-    sources.hub().login(settings, publishes=settings.push_to_hub)
-    with folder.locked(output), refusals.memory_told():
+    if settings.push_to_hub or inputs.from_hub(settings):
+        sources.hub().login(settings, publishes=settings.push_to_hub)
+    with folder.locked(output), last.noted(output), refusals.memory_told():
         train_in(output, settings, environ, recorded, visible, clock)
     if settings.push_to_hub:
         folder.verify(output)
@@ -78,7 +80,7 @@ def train_in(
         **settings.deciding(),
         **choice.deciding(),
         **inputs.check(source, rows, tokens, recorded),
-        **{f"version of {name}": version for name, version in provenance.versions().items()},
+        **versions(provenance.versions()),
     }
     if folder.begin(settings, output, identity):
         return print(f"{output}: this run is complete already; OVERWRITE=1 trains it again", flush=True)

@@ -61,8 +61,8 @@ def restore(path: Path, layered: Mapping[str, str], line: Mapping[str, str]) -> 
     settings["MODEL_REVISION"] = record["model"]["commit"] or settings.get("MODEL_REVISION", "")
     settings["DATASET_REVISION"] = record["dataset"]["commit"] or settings.get("DATASET_REVISION", "")
     original = path.absolute().parent
-    # a record under another name lies in a folder of records, and not in that of its run
-    of_run = path.name == "run.json"
+    # a record under another name lies in a folder of records, and not in that of its run; / is nobody's run
+    of_run = path.name == "run.json" and original.name != ""
     beside = original.with_name(f"{original.name}-reproduced") if of_run else original / f"{path.stem}-reproduced"
     settings["OUTPUT_DIR"] = str(beside)
     restored = {**settings, **line}

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 
 from finetune import files
-from finetune.errors import HubError, SettingsError, first_line, of_machine, without_password
+from finetune.errors import HubError, Refusal, SettingsError, first_line, without_password
 from finetune.settings import Settings
 from finetune.sources import blobs
-from finetune.sources.client import explained, token
+from finetune.sources.client import talk, token
 from finetune.sources.model import Source
 from finetune.sources.quantised import quantised
+from finetune.sources.session import NETWORK, Unreached
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,19 +65,26 @@ class Cached(Source):
 def login(settings: Settings, publishes: bool) -> None:
     """Where there is a token, ask the Hub whose it is, and print name and rights. Nothing is written to disk.
 
-    Raises HubError where the token is refused, or may not write although this call `publishes`.
+    Raises HubError where the token is refused, or may not write although this call `publishes`. Where the Hub cannot be
+    reached and nothing is published, the run goes on: what it needs may be in the cache.
     """
     if settings.hf_token is None:
-        return
+        return None
     if constants.is_offline_mode():
         if publishes:
             raise HubError(
                 "HF_HUB_OFFLINE=1: publishing needs the Hub; unset it, or train with PUSH_TO_HUB=0 and `push` later"
             )
         print("Hub: offline, the token is not checked", flush=True)
-        return
-    with explained("HF_TOKEN", "<SECRET>"):
-        answer = HfApi(token=token(settings)).whoami()
+        return None
+    try:
+        answer = talk("HF_TOKEN", "<SECRET>", HfApi(token=token(settings)).whoami)
+    except Unreached as error:
+        if publishes:
+            raise
+        return print(f"the token is not checked, and the run goes on with what is here: {error}", flush=True)
+    if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
+        raise HubError(f"HF_TOKEN=<SECRET>: the Hub says nothing of an account. {NETWORK}.")
     rights = "read and write" if (writes := may_write(answer)) else "only read"
     print(f"Hub: logged in as {answer['name']}; the token may {rights}", flush=True)
     if publishes and not writes:
@@ -101,8 +109,11 @@ def commit(variable: str, name: str, revision: str, settings: Settings) -> str:
     if constants.is_offline_mode():
         raise HubError(f"{variable}={name}: HF_HUB_OFFLINE is set, and only the Hub knows what {revision} names now")
     kind = {"MODEL_NAME": "model", "DATASET_NAME": "dataset"}[variable]
-    with explained(variable, name, revision):
-        return str(HfApi(token=token(settings)).repo_info(name, revision=revision, repo_type=kind).sha)
+    ask = functools.partial(HfApi(token=token(settings)).repo_info, name, revision=revision, repo_type=kind)
+    found = str(talk(variable, name, ask, revision).sha)
+    if not re.fullmatch(COMMIT, found):
+        raise HubError(f"{variable}={name}: the Hub says nothing of a commit. {NETWORK}.")
+    return found
 
 
 def fetch(settings: Settings) -> Cached:
@@ -112,25 +123,33 @@ def fetch(settings: Settings) -> Cached:
     imported.
     """
     name, revision = settings.model_name, settings.model_revision
-    with explained("MODEL_NAME", name, revision):
+    asked: dict[str, Any] = dict(repo_id=name, token=token(settings))
+
+    def config() -> Path | None:
         try:
-            asked: dict[str, Any] = dict(repo_id=name, token=token(settings))
-            config = Path(hf_hub_download(filename="config.json", revision=revision, **asked))
+            return Path(hf_hub_download(filename="config.json", revision=revision, **asked))
         except errors.RemoteEntryNotFoundError:
-            raise SettingsError(
-                f"MODEL_NAME={name}: has no config.json, so it is no model that can be trained (GGUF files, or an "
-                "adapter alone); name the model that it was made of, in 16 bits"
-            ) from None
-        source = Cached(name, config.parent.name, config.parent, mends=True)
-        source.check(["config.json"])
-        if problem := quantised(source):  # refused now, and not after 40 GB were downloaded
-            raise SettingsError(problem)
-        asked.update(revision=source.commit, ignore_patterns=EXCLUDED)  # so that all files are of the same commit
-        # huggingface_hub before 1.3x kept no list of a commit's files in its cache, and offline none can be asked for
-        asked.update(local_files_only=constants.is_offline_mode())
-        snapshot_download(**asked, allow_patterns=[*WEIGHTS, *TEXTS])
-        if not any(source.folder.glob("*.safetensors")):
-            snapshot_download(**asked, allow_patterns=[*OLD_WEIGHTS, *TEXTS])
+            return None
+
+    if (found := talk("MODEL_NAME", name, config, revision)) is None:
+        raise SettingsError(
+            f"MODEL_NAME={name}: has no config.json, so it is no model that can be trained (GGUF files, or an "
+            "adapter alone); name the model that it was made of, in 16 bits"
+        )
+    source = Cached(name, found.parent.name, found.parent, mends=True)
+    source.check(["config.json"])
+    if not source.config():
+        raise HubError(f"MODEL_NAME={name}: config.json, as the Hub has it, is no object in JSON; name another model")
+    if problem := quantised(source):  # refused now, and not after 40 GB were downloaded
+        raise SettingsError(problem)
+    asked.update(revision=source.commit, ignore_patterns=EXCLUDED)  # so that all files are of the same commit
+    # huggingface_hub before 1.3x kept no list of a commit's files in its cache, and offline none can be asked for
+    asked.update(local_files_only=constants.is_offline_mode())
+    for weights in (WEIGHTS, OLD_WEIGHTS):
+        download = functools.partial(snapshot_download, **asked, allow_patterns=[*weights, *TEXTS])
+        talk("MODEL_NAME", name, download, revision)
+        if any(source.folder.glob("*.safetensors")):
+            break
     if not any(source.folder.glob("*.safetensors")) and not any(source.folder.glob("pytorch_model*.bin")):
         raise SettingsError(
             f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)"
@@ -142,9 +161,9 @@ def fetch(settings: Settings) -> Cached:
 
 def cached(name: str, commit: str) -> Cached | None:
     """The model's files at that commit, without the network; None: they are not in the cache."""
-    with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
-        found = snapshot_download(name, revision=commit, local_files_only=True, token=False)
-        return Cached(name, commit, Path(found))
+    look = functools.partial(snapshot_download, name, revision=commit, local_files_only=True, token=False)
+    with contextlib.suppress(HubError, SettingsError):
+        return Cached(name, commit, Path(talk("MODEL_NAME", name, look)))
     return None
 
 
@@ -157,36 +176,29 @@ def dataset(settings: Settings, split: str) -> tuple[str | None, Dataset]:
 
     name, config, revision = settings.dataset_name, settings.dataset_config, settings.dataset_revision
     known = token(settings)
-    with explained("DATASET_NAME", name, revision):
-        if not constants.is_offline_mode():
-            revision = str(HfApi(token=known).dataset_info(name, revision=revision).sha)
-        try:
-            found = datasets.load_dataset(name, config, split=split, revision=revision, token=known)
-        except ValueError as error:
-            if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
-                raise SettingsError(f"DATASET_CONFIG={config or ''}: {first_line(error)}") from None
-            if "split" in str(error).lower():
-                splits = datasets.get_dataset_split_names(name, config, revision=revision, token=known)
-                raise SettingsError(
-                    f"DATASET_SPLIT={settings.dataset_split}: {name} has {', '.join(splits)}, for example "
-                    f"DATASET_SPLIT={splits[0]}"
-                ) from None
-            raise _not_rows(name, error) from None
-        except (datasets.exceptions.DatasetsError, FileNotFoundError, RuntimeError) as error:
-            raise _not_rows(name, error) from None
+    if not constants.is_offline_mode():
+        revision = commit("DATASET_NAME", name, revision, settings)
+    load = functools.partial(datasets.load_dataset, name, config, split=split, revision=revision, token=known)
+    found = talk("DATASET_NAME", name, load, revision, functools.partial(_not_rows, settings, revision))
     return (_taken_offline(found, revision, name) if constants.is_offline_mode() else revision), found
 
 
-def _not_rows(name: str, error: Exception) -> Exception:
-    """What to raise where `datasets` makes no rows of a repository: the error of Hub or machine that caused it, or ours."""
+def _not_rows(settings: Settings, revision: str, error: Exception) -> Refusal:
+    """The refusal where `datasets` makes no rows of what the Hub gave."""
+    import datasets
     from datasets.table import CastError
 
-    cause: BaseException | None = error
-    while cause is not None:
-        of_hub = isinstance(cause, httpx.HTTPError | errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
-        if isinstance(cause, Exception) and (of_hub or (isinstance(cause, OSError) and of_machine(cause))):
-            return cause
-        cause = cause.__cause__
+    name, said = settings.dataset_name, first_line(error)
+    if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
+        return SettingsError(f"DATASET_CONFIG={settings.dataset_config or ''}: {said}")
+    if isinstance(error, ValueError) and "split" in str(error).lower():
+        place = dict(revision=revision, token=token(settings))
+        ask = functools.partial(datasets.get_dataset_split_names, name, settings.dataset_config, **place)
+        splits = talk("DATASET_NAME", name, ask, revision)
+        return SettingsError(
+            f"DATASET_SPLIT={settings.dataset_split}: {name} has {', '.join(splits)}, for example "
+            f"DATASET_SPLIT={splits[0]}"
+        )
     # it says "An error occurred while generating"; its cause says which
     behind = error.__cause__ if isinstance(error.__cause__, Exception) else error
     said = f"its files differ in columns: {behind.details()}" if isinstance(behind, CastError) else first_line(behind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import threading
 from collections.abc import Collection
 from concurrent.futures import Future
@@ -83,7 +84,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -102,8 +103,9 @@ def weight_files(folder: Path) -> list[str]:
         if not first.endswith(".index.json"):
             return [first]
         try:
-            names = sorted(set(json.loads((folder / first).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            listed = set(json.loads((folder / first).read_text(encoding="utf-8"))["weight_map"].values())
+            names = sorted(os.fspath(name) for name in listed)  # raises TypeError for what is no name
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise SettingsError(
                 f"MODEL_NAME={folder}: {first} is no list of weight files; download or copy the model again"
             ) from None

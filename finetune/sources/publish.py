@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from finetune.errors import HubError, MachineError, SettingsError, without_password
 from finetune.settings import Settings
-from finetune.sources.client import explained, token
+from finetune.sources.client import talk, token
 
 
 def publish(settings: Settings, output: Path) -> None:
@@ -35,25 +31,14 @@ def publish(settings: Settings, output: Path) -> None:
             raise SettingsError(
                 f"{output / folder}: is not there, so {variable} cannot be published; train first, or unset {variable}"
             )
-        with _goes_on(settings, output), explained(variable, repository):
-            full = api.create_repo(repository, private=settings.hub_private_repo, exist_ok=True).repo_id
+        with _goes_on(settings, output):
+            create = functools.partial(api.create_repo, repository, private=settings.hub_private_repo, exist_ok=True)
+            full = talk(variable, repository, create).repo_id
             print(f"Hub: publishing {folder} to {full}", flush=True)
             upload = functools.partial(api.upload_folder, repo_id=full, folder_path=output / folder)
-            _patiently(functools.partial(upload, commit_message=f"Upload {folder}"))
+            # it leaves out what is there already, so it can be repeated
+            talk(variable, repository, functools.partial(upload, commit_message=f"Upload {folder}"))
             print(f"published: {without_password(api.endpoint)}/{full}", flush=True)
-
-
-def _patiently(call: Callable[[], Any]) -> Any:
-    """Call again after a hiccup of the Hub: the client repeats its transfers, but not the commit at the end."""
-    for pause in (2, 8, 0):
-        try:
-            return call()
-        except (HfHubHTTPError, httpx.TransportError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", 503)
-            if not pause or status not in (429, 500, 502, 503, 504):
-                raise
-            print(f"Hub: HTTP {status}, trying again in {pause} s", flush=True)
-            time.sleep(pause)
 
 
 @contextlib.contextmanager

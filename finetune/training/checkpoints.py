@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import files
@@ -33,7 +34,7 @@ def newest(folder: Path) -> Path | None:
 def _problem(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None: nothing."""
     try:
-        expected = dict(json.loads((checkpoint / "sha256.json").read_bytes()))
+        expected = dict[str, str](json.loads((checkpoint / "sha256.json").read_bytes()))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError):
         expected = {}
     if not expected:
@@ -51,6 +52,18 @@ def best_of(checkpoint: Path) -> Path | None:
     """The checkpoint whose adapter had the lowest loss when this one was made; None: it was not asked for."""
     place = checkpoint / BEST
     return checkpoint.with_name(json.loads(place.read_bytes())) if place.is_file() else None
+
+
+def problems(folder: Path) -> Iterator[str]:
+    """A sentence for each file of the checkpoints that is damaged or missing, or that the run did not write."""
+    for path in folders(folder):
+        if problem := _problem(path):
+            yield f"{path}: {problem}"
+            continue
+        expected = {"sha256.json", *json.loads((path / "sha256.json").read_bytes())}
+        yield from (f"{path / name}: is not of this run" for name in files.below(path) if name not in expected)
+    of_run = {"identity.json", "partial", *(path.name for path in folders(folder))}
+    yield from (f"{path}: is not of this run" for path in sorted(folder.glob("*")) if path.name not in of_run)
 
 
 def is_last(checkpoint: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune import console, files
-from finetune.errors import MachineError
+from finetune.errors import Diverged, MachineError
 from finetune.training.batches import MicroBatches, Row, labels_of
 from finetune.training.update import forget
 
@@ -91,7 +92,10 @@ class Evaluation:
         self.seconds = 0.0
 
     def measure(self, update: int) -> float | None:
-        """The mean loss of a label after so many updates; None: there is no memory to measure it. Measured once."""
+        """The mean loss of a label after so many updates; None: it cannot be measured. Measured once.
+
+        Raises Diverged where training has made it no number.
+        """
         if update not in self.points.of and self.rows:
             began = time.perf_counter()
             with torch.random.fork_rng():
@@ -107,10 +111,19 @@ class Evaluation:
                 console.beat("evaluating")
         except torch.OutOfMemoryError:
             forget(self.model)
-            print("held-out rows: not measured, since one row alone does not fit the memory", flush=True)
-            self.rows = []
-            return
+            return self._give_up("one row alone does not fit the memory")
+        odd = next((loss for loss in found.values() if not math.isfinite(loss)), None)
+        if odd is not None and update:
+            raise Diverged(
+                f"step {update}: the loss of a held-out row is {odd}; training has diverged. Try a lower LEARNING_RATE, and OVERWRITE=1."
+            )
+        if odd is not None:
+            return self._give_up(f"the base's own loss of one of them is {odd}")
         self.points.of[update] = [found[index] for index in range(len(self.rows))]
+
+    def _give_up(self, why: str) -> None:
+        print(f"held-out rows: not measured, since {why}", flush=True)
+        self.rows = []
 
     def _losses(self, piece: list[int]) -> dict[int, float]:
         """The losses of some rows; where memory runs out, half as many at a time, from now on."""
@@ -165,7 +178,7 @@ class Measuring(TrainerCallback):
         if loss is None:
             if settings.load_best_model_at_end or settings.early_stopping_patience:
                 raise MachineError(
-                    "EVAL_STEPS: the held-out rows do not fit the memory, and LOAD_BEST_MODEL_AT_END or EARLY_STOPPING_PATIENCE need "
+                    "EVAL_STEPS: the held-out rows cannot be measured (above), and LOAD_BEST_MODEL_AT_END or EARLY_STOPPING_PATIENCE need "
                     f"them; lower MAX_SEQ_LENGTH, for example MAX_SEQ_LENGTH={self.evaluation.longest // 2}"
                 )
             return

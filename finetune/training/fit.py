@@ -18,7 +18,7 @@ from trl import SFTConfig
 from finetune import console, patches
 from finetune.engines.precision import compute_dtype
 from finetune.settings import Settings
-from finetune.training import checkpoints, plan
+from finetune.training import checkpoints, plan, tracking
 from finetune.training.batches import MicroBatches, Padded, Recipes
 from finetune.training.evaluate import Course, Evaluation, Points, ended_early
 from finetune.training.order import Order
@@ -79,9 +79,10 @@ def fit(
 
     recorded: the plan of a recorded run. It is followed, because other pieces would round differently.
 
-    Raises SystemExit(143) after SIGTERM, SystemExit(130) after SIGINT, Diverged where the loss is no longer a number,
+    Raises SystemExit(143) after SIGTERM, 130 after SIGINT, 129 after SIGHUP; Diverged where the loss is no longer a number,
     MachineError where a single row does not fit the memory.
     """
+    tracking.begin(settings)
     arguments, stop, resume = _arguments(settings, folder), Stop(), checkpoints.newest(folder)
     followed = recorded
     metrics: list[dict[str, float]] = []
@@ -93,7 +94,7 @@ def fit(
     model.train()  # a new PeftModel says that it is in training mode, but the base inside it is not
     order = order_of(settings, tokens)
     with (
-        stop.on_signals(),
+        stop.on_signals(metrics),
         _deterministic(choice.deterministic),
         patches.optimizer_does_not_wait(settings.optim),
         engine.path(model, choice.compiled, settings.rows_per_update, tokens.longest, tokens.common) as packed,
@@ -155,6 +156,9 @@ def _evaluation(
     # a piece is no larger than the largest of training, where that is known
     most = max(chosen.tokens, tokens.longest) if chosen.tokens else None
     made = Evaluation(model, batches, tokens.held_out.rows, chosen.micro_batch, most, tokens.longest)
+    if not any(made.points.labels):
+        print(f"held out: no rows, since none has a label within its first {tokens.longest} tokens", flush=True)
+        return None
     points = Points.load(resume) if resume is not None else None
     if made.cut:
         print(

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from finetune import console, files
 from finetune.errors import Diverged
-from finetune.machine import memory
+from finetune.machine import memory, signals
 from finetune.settings import Settings
 from finetune.training import checkpoints
 from finetune.training.batches import Row
@@ -44,17 +44,25 @@ class Stop:
     signal: int | None = None
 
     @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the loop at the next whole update; the same signal again ends the process at once."""
+    def on_signals(self, metrics: Sequence[Mapping[str, float]]) -> Iterator[None]:
+        """A signal ends the loop at the next whole update; the same signal again ends the process at once.
+
+        metrics: those of the updates so far, which say how long one takes.
+        """
 
         def note(number: int, frame: Any) -> None:
             if self.signal is not None:
                 raise SystemExit(128 + number)
-            self.signal = number  # no print here: the signal may have come in the middle of one
+            self.signal = number
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        def words() -> str:
+            takes = f" (updates take about {metrics[-1]['step_s']:.1f} s)" if metrics else ""
+            return f"a checkpoint is saved after this update{takes}; the same signal again ends the run at once"
+
+        before = {number: signal.signal(number, note) for number in signals.heeded()}
         try:
-            yield
+            with signals.told(words):
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -21,6 +21,7 @@ def run(settings: Settings, environ: Mapping[str, str], question: str) -> None:
     if found.base is None and (found.output / "adapter").is_dir():
         print(f"the merged weights answer, since the adapter lacks its base: {found.why_not}", flush=True)
     part = "adapter" if found.base else "merged"
+    folder.verify(found.output, f"{part}/")  # a flipped bit would be answered from; the base has been hashed already
     model, tokenizer = load.load(found.output / part, found.base, found.settings)
     form = data.format_of(found.record["dataset"]["format"], tokenizer, found.settings, folder.day_of(found.record))
     length = settings.max_new_tokens or Settings.max_new_tokens  # 0 asked for no answer in training

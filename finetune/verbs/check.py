@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetune.machine import gpus
+from finetune.machine import cuda
 from finetune.run import inputs
 from finetune.settings import Settings
 
 
 def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
-    print(*inputs.look(settings, gpus.gpus(environ), environ), "settings: all good", sep="\n")
+    print(*inputs.look(settings, cuda.visible(environ), environ), "settings: all good", sep="\n")

@@ -33,7 +33,7 @@ def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
     Raises OutputError where OUTPUT_DIR holds no whole run or no weights, SettingsError where there are no rows to measure on or the base
     is nowhere, MachineError where nothing can be written or a row does not fit the memory.
     """
-    if problems := list(disk.unwritable(settings)):
+    if problems := list(disk.unwritable(settings, environ)):
         raise MachineError(*problems)
     found = trained.find(settings)
     console.quiet()

@@ -11,6 +11,7 @@ from pathlib import Path
 from finetune import data, files, sources
 from finetune import environment as libraries
 from finetune.errors import HubError, MachineError, Refusal, SettingsError
+from finetune.machine import container
 from finetune.settings import Settings
 from finetune.sources.local import url
 
@@ -62,6 +63,11 @@ def write(path: Path, values: Mapping[str, str]) -> None:
     """Set `values` in an env file and keep all else: comments, order, quotes, line ends, mode. Whole or not at all."""
     from dotenv.parser import parse_stream
 
+    if container.image() and (why := container.lost(path.absolute().parent)):
+        raise MachineError(
+            f"{path.absolute()}: would go away with this container, since {why}. Call this in a folder of yours: "
+            f'docker run -v "$PWD:/work" -w /work IMAGE lock-inputs. Or set {_set(values)} yourself.'
+        )
     place = path.resolve()  # a link stays one
     try:
         text = place.read_bytes().decode() if place.is_file() else ""
@@ -83,8 +89,12 @@ def write(path: Path, values: Mapping[str, str]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise MachineError(
             f"{path}: cannot be written ({getattr(error, 'strerror', None) or 'not UTF-8'}); call this from a folder where it can, "
-            f"or set {' '.join(f'{name}={value}' for name, value in values.items())} yourself"
+            f"or set {_set(values)} yourself"
         ) from None
+
+
+def _set(values: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _replaced(line: str, name: str, value: str) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Literal
 
 from finetune.errors import SettingsError
+from finetune.settings import declarations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ VERBS = {
     for verb in (
         Verb("train", "fine-tune, verify, record; publish where PUSH_TO_HUB=1 (the default verb)"),
         Verb("check", "look at settings, GPU, driver, memory and disk; downloads nothing"),
+        Verb(
+            "selftest", "compute on this GPU with all that a run uses, and compare; downloads nothing, under a minute"
+        ),
         Verb(
             "ask",
             "answer with the trained model in OUTPUT_DIR",
@@ -87,20 +91,21 @@ EXIT_CODES = {
     "4": "the Hub",
     "5": "a damaged or foreign output folder",
     "1": "a bug, training that diverged, or not reproduced",
-    "143 and 130": "stopped by SIGTERM or SIGINT, during training with a checkpoint on disk",
+    "143, 130 and 129": "stopped by SIGTERM, SIGINT or SIGHUP, during training with a checkpoint on disk",
+    "137": "killed, most often because the host's memory ran out",
 }
 
 
 def usage() -> str:
     """The text of `--help`."""
     lines = [f"  {verb.typed:18}  {verb.help}" for verb in VERBS.values()]
-    codes = [f"  {code:11}  {meaning}" for code, meaning in EXIT_CODES.items()]
+    codes = [f"  {code:16}  {meaning}" for code, meaning in EXIT_CODES.items()]
     return "\n".join(
         [
             "usage: entrypoint.py [VERB] [NAME=value ...]",
             "",
             *lines,
-            "  anything else       is run as a command: docker run IMAGE bash",
+            "  anything else       is run as a command: docker run IMAGE bash (of the name of a verb: /usr/bin/env)",
             "",
             "Settings come from NAME=value here, then the environment, then .env, then the defaults; empty means unset.",
             "`reproduce` takes them from the record and from NAME=value here alone.",
@@ -150,6 +155,19 @@ def parse(argv: list[str]) -> Call:
         )
     line = dict(given.split("=", 1) for given in words)
     return Call(verb, word, {verb.setting: word, **line} if verb.setting and word else line)
+
+
+def meant(word: str) -> str:
+    """What was probably meant by a word that is no verb."""
+    import difflib  # takes some milliseconds, and only a mistake needs it
+
+    if word.upper() in (names := {d.name for d in declarations()}):
+        return f"a setting is given with its value, for example {word.upper()}=…"
+    if near := difflib.get_close_matches(word.lower(), VERBS, 1, 0.6):
+        return f"did you mean {near[0]}?"
+    if near := difflib.get_close_matches(word.upper(), names, 1, 0.75):
+        return f"did you mean the setting {near[0]}=…?"
+    return f"the verbs are {', '.join(VERBS)}"
 
 
 def _is_setting(word: str) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from finetune.errors import OutputError, SettingsError
+from finetune.errors import HubError, OutputError, Refusal, first_line, ours
 from finetune.run import folder, inputs
 from finetune.run.record import Record, same
 from finetune.settings import Settings
+from finetune.training import checkpoints
 from finetune.weights import compare
 
 
@@ -26,13 +27,23 @@ def lines(settings: Settings) -> Iterator[str]:
     output = Path(settings.output_dir)
     record = folder.verify(output)
     yield f"{output}: all {len(record['files'])} files are as the run wrote them"
+    if wrong := list(checkpoints.problems(output / "checkpoints")):
+        raise OutputError(
+            *wrong, f"{output / 'checkpoints'}: may be removed as a whole; the run is complete without it"
+        )
     kept = {part for part in ("adapter", "merged") if (output / part).is_dir()}
     if not kept:
         return
     try:
         yield _weights(output, kept, record, settings)
-    except SettingsError as error:  # the base is the recorded one, so the fault is in the output
+    except (HubError, OSError):
+        raise
+    except Refusal as error:  # the base is the recorded one, so the fault is in the output
         raise OutputError(*error.problems) from None
+    except Exception as error:  # of a library that was given an odd config.json
+        if ours(error):
+            raise
+        raise OutputError(f"OUTPUT_DIR={output}: cannot be read as a model ({first_line(error)})") from None
 
 
 def _weights(output: Path, kept: set[str], record: Record, settings: Settings) -> str:

@@ -15,11 +15,17 @@ from torch import Tensor
 
 from finetune import files
 from finetune.errors import MergeError
-from finetune.sources.model import TOKENIZER_FILES, Source
+from finetune.sources.model import TOKENIZER_FILES, Source, read_object
+from finetune.weights import safetensors
 from finetune.weights.layout import Layout
 from finetune.weights.shards import Base
 
 NONE: Mapping[str, bytes] = MappingProxyType({})
+# what would make another sum of the same factors; a run of this program leaves each empty
+PLAIN = (
+    *("rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "modules_to_save"),
+    *("layer_replication", "target_parameters", "trainable_token_indices", "lora_bias", "megatron_config"),
+)
 
 
 def save(model: PeftModel, source: Source, output: Path, words: Mapping[str, bytes] = NONE) -> None:
@@ -43,6 +49,11 @@ def save(model: PeftModel, source: Source, output: Path, words: Mapping[str, byt
     files.publish(partial, output / "adapter")
 
 
+def _partner(key: str) -> str:
+    """The name of the other factor."""
+    return key.replace(".lora_A.", ".lora_B.") if ".lora_A." in key else key.replace(".lora_B.", ".lora_A.")
+
+
 class Adapter:
     """An adapter folder as PEFT wrote it.
 
@@ -52,20 +63,27 @@ class Adapter:
     """
 
     def __init__(self, folder: Path):
-        config = json.loads((folder / "adapter_config.json").read_bytes())
-        rank, alpha = config["r"], config["lora_alpha"]
+        config = read_object(folder / "adapter_config.json")
+        rank, alpha = config.get("r", 0), config.get("lora_alpha", "")
+        numbers = type(rank) is int and rank > 0 and type(alpha) in (int, float) and math.isfinite(alpha)
+        odd = [name for name in PLAIN if config.get(name)]
+        if not numbers or odd or config.get("peft_type") != "LORA":
+            wrong = ", ".join(odd) or "r, lora_alpha or peft_type"
+            raise MergeError(f"{folder / 'adapter_config.json'}: is not that of a plain LoRA adapter ({wrong})")
         self.scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self.biases: dict[str, Tensor] = {}
+        safetensors.header(folder / "adapter_model.safetensors")
         tensors = load_file(folder / "adapter_model.safetensors")
         for key, value in tensors.items():
-            name = key.removeprefix("base_model.model.")
-            if name.endswith(".lora_A.weight"):
-                other = tensors[key.replace(".lora_A.", ".lora_B.")]
+            name, other = key.removeprefix("base_model.model."), tensors.get(_partner(key))
+            if name.endswith(".lora_A.weight") and other is not None:
+                if value.shape[:1] != other.shape[1:] or (value.ndim, other.ndim, len(value)) != (2, 2, rank):
+                    raise MergeError(f"{folder}: {key} and its lora_B.weight are not two factors of rank {rank}")
                 self.pairs[name.removesuffix(".lora_A.weight")] = (value.to(torch.float64), other.to(torch.float64))
             elif name.endswith(".bias"):
                 self.biases[name.removesuffix(".bias").removesuffix(".base_layer")] = value
-            elif not name.endswith(".lora_B.weight"):
+            elif not name.endswith(".lora_B.weight") or other is None:
                 raise MergeError(f"{folder}: holds {key}, which the merge does not know")
 
     def locate(self, base: Base) -> dict[str, tuple[Tensor, Tensor] | Tensor]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetune.errors import MergeError, SettingsError
-from finetune.sources.model import INDEX, Source, weight_files
+from finetune.sources.model import INDEX, Source, read_object, weight_files
 from finetune.weights.adapter import Adapter
 from finetune.weights.shards import Base, index, made_of, shard_names
 from finetune.weights.sums import WORKERS, Counts, Sums, blocks, finite
@@ -38,7 +37,7 @@ def compare(source: Source, output: Path) -> Counts:
 
 def _wrong_index(folder: Path, paths: list[Path]) -> list[str]:
     """The sentence for an index that is not that of these shards. One shard needs none."""
-    if len(paths) == 1 or json.loads((folder / INDEX).read_bytes()) == index(paths):
+    if len(paths) == 1 or read_object(folder / INDEX) == index(paths):
         return []
     return [f"{folder / INDEX}: the index does not match the tensors in the shards"]
 

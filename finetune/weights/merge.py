@@ -129,7 +129,7 @@ def _write_and_check(sums: Sums, shards: list[Shard], paths: list[Path], stop: t
             for block in {block.made: block for block in before}.values():
                 with open(block.made.path, "rb") as stream:
                     os.fdatasync(stream.fileno())
-                made_of(block.shard, block.made.path, sums.dtypes)
+                made_of(block.shard, block.made.path, sums.dtypes, whole=False)
             checks.append(pool.map(sums.check, before))
             for block in before:
                 if block is last[block.made.path.name]:  # the file is whole, and its bytes are still in memory

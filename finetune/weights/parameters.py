@@ -24,7 +24,7 @@ def parameters(source: Source) -> int | None:
     count = 0
     for name in names:
         try:
-            header = safetensors.header(source.folder / name, whole=True)
+            header = safetensors.header(source.folder / name)
         except MachineError:
             source.check([name])
             raise

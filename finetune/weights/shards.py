@@ -32,10 +32,11 @@ CODES = {
 class Shard:
     """One file of weights, read block by block. It is read, not mapped, so that one block at a time is in memory."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, whole: bool = True):
+        """whole: the data must be there too; a file that is being written has only its header."""
         self.path = path
         if path.suffix == ".safetensors":
-            self.header = safetensors.header(path)
+            self.header = safetensors.header(path, whole=whole)
             with open(path, "rb") as stream:
                 self.data = 8 + int.from_bytes(stream.read(8), "little")
             self.names = sorted(self.header, key=lambda name: self.header[name]["data_offsets"][0])
@@ -99,15 +100,15 @@ def begin(shard: Shard, path: Path, dtypes: Mapping[str, torch.dtype]) -> Shard:
     text = json.dumps({"__metadata__": {"format": "pt"}, **header_of(shard, dtypes)}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text)
-    return Shard(path)
+    return Shard(path, whole=False)
 
 
-def made_of(shard: Shard, path: Path, dtypes: Mapping[str, torch.dtype]) -> Shard:
-    """The file at `path`.
+def made_of(shard: Shard, path: Path, dtypes: Mapping[str, torch.dtype], *, whole: bool = True) -> Shard:
+    """The file at `path`. whole: it is complete.
 
     Raises MergeError where it does not hold the base's tensors in their order and the merge's types.
     """
-    made, wanted = Shard(path), header_of(shard, dtypes)
+    made, wanted = Shard(path, whole=whole), header_of(shard, dtypes)
     if wrong := sorted(name for name in {*made.header, *wanted} if made.header.get(name) != wanted.get(name)):
         raise MergeError(f"{path.name}: holds other tensors than the base's {shard.path.name}: {', '.join(wrong)}")
     return made

@@ -70,9 +70,9 @@ def _cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda run: (shutil.rmtree(run / "adapter"), _cut(next((run / "merged").glob("*-00001-*.safetensors")))), "cannot be loaded"),
-        (lambda run: _cut(run / "adapter" / "adapter_model.safetensors"), "verify says"),
-        (lambda run: (run / "adapter" / "adapter_config.json").write_text("{"), "verify says"),
+        (lambda run: (shutil.rmtree(run / "adapter"), _cut(next((run / "merged").glob("*-00001-*.safetensors")))), "the run wrote"),
+        (lambda run: _cut(run / "adapter" / "adapter_model.safetensors"), "the run wrote"),
+        (lambda run: (run / "adapter" / "adapter_config.json").write_text("{"), "the run wrote"),
     ],
 )  # fmt: skip
 def test_damaged_weights_are_no_traceback(

@@ -16,6 +16,7 @@ import yaml
 
 import smoke
 from conftest import ROOT, Image
+from fake_machine import H100, driver, smi
 
 pytestmark = pytest.mark.timeout(1800)  # the first test builds the image
 HARD = (
@@ -79,6 +80,8 @@ def test_the_smoke_run_as_a_stranger_in_a_closed_container(image: Image, smollm2
     }
     verify = clean(image.run("verify", options=(*HARD, *STRANGER, "-v", f"{open_folder}:/outputs:ro")))
     assert f"all {len(record['files'])} files are as the run wrote them" in verify
+    beside = image.run("reproduce", "outputs/run.json", options=(*HARD, *STRANGER, *mounts))
+    assert beside.returncode == 3 and '-v "$PWD/outputs-reproduced:/outputs-reproduced"' in beside.stderr, beside.stderr
 
 
 def test_writes_only_to_the_volumes_and_tmp(image: Image, models: Path, open_folder: Path) -> None:
@@ -135,6 +138,8 @@ def test_check(image: Image, models: Path, open_folder: Path) -> None:
 @pytest.mark.parametrize(("command", "code", "text"), [
     (("bash", "-c", "echo $0 $HOME"), 0, "bash /cache"),
     (("python", "-c", "print(6 * 7)"), 0, "42"),
+    (("bash", "-lc", "command -v python"), 0, "/opt/venv/bin/python"),
+    (("trian",), 127, "did you mean train?"),
     (("--help",), 0, "usage:"),
     (("no-such-verb",), 127, "neither a verb"),
     (("train", "MAX_STEP=3"), 2, "did you mean MAX_STEPS"),
@@ -169,6 +174,51 @@ def test_refuses_an_old_driver_and_an_old_gpu(image: Image, tmp_path: Path, line
     assert all(text in done.stderr for text in texts), done.stderr
 
 
+def test_a_gpu_on_which_nothing_can_be_computed_is_refused(image: Image, tmp_path: Path) -> None:
+    smi(tmp_path, H100)
+    driver_of = driver(tmp_path, 304)
+    mounts = (
+        "-v",
+        f"{tmp_path}/nvidia-smi:/usr/bin/nvidia-smi:ro",
+        "-v",
+        f"{driver_of}:/usr/lib/x86_64-linux-gnu/libcuda.so.1:ro",
+    )
+    done = image.run(options=mounts)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    for text in ("CUDA does not start (CUDA_ERROR_OF_A_TEST", "/dev/nvidia-uvm is missing", "nvidia-container-toolkit"):
+        assert text in done.stderr, done.stderr
+    utility = image.run(options=(*mounts[:2], "-e", "NVIDIA_DRIVER_CAPABILITIES=utility"))
+    assert utility.returncode == 3 and "NVIDIA_DRIVER_CAPABILITIES=utility lacks compute" in utility.stderr
+
+
+@pytest.mark.parametrize(("limit", "code", "texts"), [
+    (("--memory", "700m"), 3, ("may use 0.7 GiB", "137", "--memory 2g")),
+    (("--pids-limit", "10"), 3, ("more processes and threads may be started", "--pids-limit")),
+    (("-e", "WORLD_SIZE=2", "-e", "RANK=0", "-e", "MASTER_ADDR=nowhere"), 2, ("WORLD_SIZE=2: a launcher",)),
+])  # fmt: skip
+def test_what_the_container_may_not_do_is_said_before_it_costs(
+    image: Image, models: Path, open_folder: Path, limit: tuple[str, ...], code: int, texts: tuple[str, ...]
+) -> None:
+    done = image.run("train", options=(*options(models, open_folder), *limit))
+    assert done.returncode == code and all(text in done.stderr for text in texts), done.stderr
+    assert "Traceback" not in done.stderr and not list(open_folder.iterdir())
+
+
+def test_results_in_a_volume_without_a_name_are_told(image: Image, models: Path) -> None:
+    mount = ("-v", f"{models}:/models:ro", "-e", "MODEL_NAME=/models/llama", "--tmpfs", "/cache:noexec,mode=1777")
+    log = clean(image.run("check", options=mount))
+    assert "goes away with this container, since it lies in a volume without a name" in log
+    assert '-v "$PWD/outputs:/outputs" -v "$PWD/cache:/cache"' in log
+    assert "TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR hold no programs (mounted noexec) and go to /tmp/" in log
+
+
+def test_the_self_test_as_a_stranger_in_a_closed_container(image: Image) -> None:
+    log = clean(image.run("selftest", "ENGINE=transformers", options=(*HARD, *STRANGER), timeout=280))
+    assert "selftest: all 7 tests are good" in log
+    done = image.run("selftest")
+    assert done.returncode == 3 and "not tested  Triton" in done.stdout and "docker run --gpus all" in done.stdout
+
+
 def test_the_image_for_cuda_13_names_the_other_one(image: Image, tmp_path: Path) -> None:
     if json.loads(image.run("cat", "/app/build.json").stdout)["lock"] != "requirements.txt":
         pytest.skip("this is the image for CUDA 12.8")
@@ -186,8 +236,10 @@ def test_env_file_with_quotes_and_comments(image: Image, models: Path, open_fold
     # docker hands quotes on as they stand; -e on the line would win over the file, so MAX_STEPS is not given here
     rest = options(models, open_folder, SAVE_MERGED="0")
     at = rest.index("MAX_STEPS=3")
-    clean(image.run(options=("--env-file", str(file), *rest[: at - 1], *rest[at + 1 :]), timeout=280))
-    settings = json.loads((open_folder / "run.json").read_text())["settings"]
+    clean(image.run(options=("--cpus", "1", "--env-file", str(file), *rest[: at - 1], *rest[at + 1 :]), timeout=280))
+    record = json.loads((open_folder / "run.json").read_text())
+    settings = record["settings"]
+    assert record["environment"]["cpu_threads"] == 1
     assert (settings["MAX_STEPS"], settings["RUN_NAME"], settings["LEARNING_RATE"]) == (2, "in quotes", 1e-3)
 
 
@@ -255,6 +307,10 @@ def test_stop_saves_a_checkpoint_and_the_next_run_goes_on(image: Image, models: 
         state = json.loads(image.call("inspect", "--format", "{{json .State}}", container).stdout)
         assert (state["ExitCode"], state["OOMKilled"]) == (143, False), image.call("logs", container).stderr
         assert took < 10
+        assert (
+            "SIGTERM: a checkpoint is saved after this update (updates take about"
+            in image.call("logs", container).stderr
+        )
     finally:
         image.call("rm", "-f", "-v", container)
     saved = [p.name for p in (open_folder / "checkpoints").glob("checkpoint-*")]

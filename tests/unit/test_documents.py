@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,19 @@ def test_every_file_that_a_document_names_is_there(page: Path) -> None:
 def test_every_file_of_the_program_that_a_script_names_is_there(path: Path) -> None:
     for name in re.findall(r"\bfinetune/[\w/]+\.py\b", path.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file(), f"{path.relative_to(ROOT)}: names {name}, which is not there"
+
+
+def test_each_fault_of_the_table_is_a_test() -> None:
+    """docs/faults.md names tests as pytest does, so pytest is asked for them; the codes are those of --help."""
+    from finetune.verbs.table import EXIT_CODES
+
+    lines = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").splitlines()
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in lines if "`tests/" in line]
+    tests = [row[3].strip("`") for row in rows]
+    files = sorted({test.partition("::")[0] for test in tests})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout.splitlines()
+    there = {*found, *(name.partition("[")[0] for name in found)}
+    assert len(rows) >= 60 and not [test for test in tests if test not in there]
+    codes = {code for codes in EXIT_CODES for code in re.findall(r"\d+", codes)} | {"137"}
+    assert {code for row in rows for code in row[2].split(" or ")} <= codes

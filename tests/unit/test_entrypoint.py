@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import entrypoint
 from finetune.errors import Refusal, SettingsError
+from finetune.settings import Settings
 from finetune.verbs import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +140,38 @@ def test_anything_else_is_run_as_a_command() -> None:
     assert empty.returncode == 127 and "an empty word" in empty.stderr and "Traceback" not in empty.stderr
 
 
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [("trian", "did you mean train?"), ("chekc", "did you mean check?"), ("max_steps", "for example MAX_STEPS=…"), ("learning_rat", "the setting LEARNING_RATE=…"), ("zzz", "the verbs are train, check")],
+)  # fmt: skip
+def test_a_slip_is_answered_with_what_was_meant(word: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entrypoint.execute([word], {"PATH": "/nonexistent"}) == 127
+    assert f"error: {word}: neither a verb nor a command" in (said := capsys.readouterr().err) and sentence in said
+
+
+def test_a_setting_with_two_slips_is_answered_too() -> None:
+    with pytest.raises(SettingsError, match="LERNING_RATES: there is no such setting; did you mean LEARNING_RATE"):
+        Settings.from_env({}, {"LERNING_RATES": "1"})
+
+
+def test_a_token_file_of_another_user_is_refused_with_both_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (token := tmp_path / "token").write_text("hf_secret")
+    token.chmod(0o600)
+    me = os.getuid()
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may read everything
+    monkeypatch.setattr(
+        Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    monkeypatch.setattr("os.getuid", lambda: 1000)
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({"HF_TOKEN_FILE": str(token)})
+    said = str(caught.value)
+    assert f"belongs to user {me} with mode 0600, and this is user 1000" in said and "docker run --user" in said
+    assert "hf_secret" not in said
+
+
 def test_a_verb_is_named_once(tmp_path: Path) -> None:
     """Usage, README, make and the files beside the table all know the verbs of the table, and no others."""
     shown = call("--help").stdout
@@ -152,12 +186,12 @@ def test_a_verb_is_named_once(tmp_path: Path) -> None:
             rule = rf"^{target}: main ## {re.escape(verb.help)}(: make .*)?\n\t@\$\(PYTHON_RUN\) entrypoint.py {verb.name}\b"
             assert re.search(rule, makefile, re.MULTILINE), target
     classes = {c.code for c in Refusal.__subclasses__()} | {0}
-    assert {int(code) for code in table.EXIT_CODES if code.isdigit()} == classes
+    assert {int(code) for code in table.EXIT_CODES if code.isdigit() and int(code) < 128} == classes
     listed = readme[readme.index("Exit codes: ") :].partition("\n`docker")[0].replace("\n", " ")
     chinese = (ROOT / "README.zh-CN.md").read_text().partition("退出码：")[2].partition("\n\n")[0]
     for code, meaning in table.EXIT_CODES.items():
         assert f"{code} {meaning}" in listed.replace(" (everything stays on disk)", "")
-        assert all(f"{number} " in chinese or f"{number}、" in chinese for number in code.split(" and "))
+        assert all(f"{number} " in chinese or f"{number}、" in chinese for number in re.findall(r"\d+", code))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import tiny
 from finetune import data
 from finetune.engines.choose import Choice
+from finetune.errors import Diverged
 from finetune.settings import Settings
 from finetune.sources.model import Source
 from finetune.training import batches as micro
@@ -129,6 +130,24 @@ def test_memory_that_runs_out_halves_the_piece_and_no_run_ends(
     none, other = fit(llama, tmp_path / "none", **HALF)
     assert none.course is None and "not measured" in capsys.readouterr().out
     assert all(torch.equal(adapter[name], each[name]) for each in (same, other) for name in adapter)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_unless_it_is_the_base_s(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, seen = micro.Padded.losses, [0]
+
+    def losses(self: Any, rows: Any) -> Any:
+        seen[0] += 1
+        return real(self, rows) if seen[0] < first else [float("nan")] * len(rows)
+
+    monkeypatch.setattr(micro.Padded, "losses", losses)
+    first = 3  # two pieces are measured before training
+    with pytest.raises(Diverged, match="step 3: the loss of a held-out row is nan"):
+        fit(llama, tmp_path / "trained", **HALF)
+    first = 0
+    assert fit(llama, tmp_path / "base", **HALF)[0].course is None
+    assert "the base's own loss of one of them is nan" in capsys.readouterr().out
 
 
 def worse_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from fake_machine import H100, driver
+from fake_machine import smi as machine
 from finetune.errors import MachineError
-from finetune.machine import preflight
+from finetune.machine import cuda, preflight
 from finetune.machine.gpus import Gpu, gpus
 from finetune.run import inputs
 from finetune.settings import Settings
@@ -21,22 +23,18 @@ from finetune.sources.model import Source
 from finetune.weights.parameters import parameters, stated
 
 ROOT = Path(__file__).resolve().parents[2]
-H100 = "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 81079, 580.159.04, 9.0"
 T4 = "1, GPU-bb, Tesla T4, 15360, 15000, 580.159.04, 7.5"
 
 
-def machine(folder: Path, *lines: str) -> dict[str, str]:
-    """An environment in which nvidia-smi lists these GPUs."""
-    program = folder / "nvidia-smi"
-    program.write_text("#!/bin/sh\n/bin/cat <<'END'\n" + "\n".join(lines) + "\nEND\n")
-    program.chmod(0o755)
-    return {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)}
+@pytest.fixture(autouse=True)
+def a_driver_that_works(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "LIBRARY", str(driver(tmp_path_factory.getbasetemp())))
 
 
 def checked(
-    folder: Path, *lines: str, cuda: tuple[int, int] = (13, 0), monkeypatch: pytest.MonkeyPatch, **values: str
+    folder: Path, *lines: str, version: tuple[int, int] = (13, 0), monkeypatch: pytest.MonkeyPatch, **values: str
 ) -> list[str]:
-    monkeypatch.setattr(preflight, "cuda_version", lambda: cuda)
+    monkeypatch.setattr(preflight, "cuda_version", lambda: version)
     environ = machine(folder, *lines)
     settings = Settings.from_env(
         {"OUTPUT_DIR": str(folder / "out"), "SAVE_MERGED": "0", "MODEL_NAME": "org/some-100M", **values}
@@ -76,7 +74,7 @@ def test_an_old_driver_is_named_with_the_way_out(tmp_path: Path, monkeypatch: py
     old = H100.replace("580.159.04", "535.104.05")
     with pytest.raises(MachineError, match=r"535\.104\.05.*CUDA 13\.0.*580.*CUDA=12\.8.*make train"):
         checked(tmp_path, old, monkeypatch=monkeypatch)
-    assert checked(tmp_path, old, cuda=(12, 8), monkeypatch=monkeypatch)
+    assert checked(tmp_path, old, version=(12, 8), monkeypatch=monkeypatch)
 
 
 def test_an_old_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
