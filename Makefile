@@ -20,7 +20,7 @@ smoke test: export OMP_WAIT_POLICY ?= passive
 SCRIPTS = .ci/run $(wildcard scripts/*.sh docker/*.sh benchmarks/*.sh)
 PYTHON_FILES = entrypoint.py finetune $(wildcard scripts/*.py docker/*.py)
 
-.PHONY: help train push-hub check selftest smoke ask eval reproduce verify lock-inputs test test-gpu bench lint env-example lock image image-reproducible publish-image test-image clean clean-all main dev
+.PHONY: help train push-hub check selftest data smoke ask eval reproduce verify lock-inputs test test-gpu bench lint env-example lock image image-reproducible publish-image test-image clean clean-all main dev
 
 help: ## this list
 	@printf 'usage: make TARGET [NAME=value ...]      for example: make train MAX_STEPS=60\n\n'
@@ -39,6 +39,9 @@ check: main ## look at settings, GPU, driver, memory and disk; downloads nothing
 
 selftest: main ## compute on this GPU with all that a run uses, and compare; downloads nothing, under a minute
 	@$(PYTHON_RUN) entrypoint.py selftest
+
+data: main ## look at the rows before training: lengths, what is cut, near-duplicates, rows as they are trained; needs no GPU
+	@$(PYTHON_RUN) entrypoint.py data
 
 smoke: main ## train a small real model on the CPU, in under 3 minutes, without a Hub
 	@$(PYTHON_RUN) scripts/smoke.py

@@ -214,3 +214,52 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class Counted:
+    """Progress of work on rows: a bar on a terminal, else a line every EVERY_S seconds, with rows/s and the time left."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, what: str, total: int | None, done: int = 0):
+        """what: has happened to the rows. total: None: nobody knows. done: rows of an earlier start."""
+        self.what, self.total, self.done, self.first = what, total, done, done
+        self.began = self.told = self.beaten = time.monotonic()
+        self.bar: Any = None
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        self.done += count
+        if self.done % 100 >= count:
+            return
+        now = time.monotonic()
+        if now - self.beaten > 1:
+            self.beaten = now
+            beat("loading")
+            if sys.stderr.isatty():
+                self._draw()
+            elif now - self.told > self.EVERY_S:
+                self.told = now
+                print(self._line(now), flush=True)
+
+    def _draw(self) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(
+                total=self.total, initial=self.first, unit="row", desc=f"data: {self.what}", dynamic_ncols=True
+            )
+        self.bar.update(self.done - self.bar.n)
+
+    def _line(self, now: float) -> str:
+        speed = (self.done - self.first) / (now - self.began)
+        if self.total is None:
+            return f"data: {self.done:,} {self.what}, {speed:,.0f} rows/s"
+        return f"data: {self.done:,} of {self.total:,} {self.what}, {speed:,.0f} rows/s, {_clock((self.total - self.done) / speed)} left"

@@ -63,6 +63,7 @@ def setting(
 
 
 MICRO_BATCH, ACCUMULATION = 2, 4  # of the recipe: an update has 8 rows
+WAYS = ("chat", "alpaca")  # values of PROMPT_TEMPLATE that name no file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class Settings:
     # Data
     dataset_name: str = setting(
         "FreedomIntelligence/medical-o1-reasoning-SFT",
-        "Rows to train on: a Hub data set, a .json, .jsonl, .csv or .parquet file, a folder of such files, or "
-        "`samples` (bundled rows).",
+        "Rows to train on: a Hub data set, a file, a folder, a glob, several of these with commas, or `samples` "
+        "(bundled rows).",
     )
     dataset_config: str | None = setting(
         "zh", "Configuration of the data set (samples: en, zh).", unless=("dataset_name", None)
@@ -103,12 +104,21 @@ class Settings:
     )
     prompt_template: str | None = setting(
         None,
-        "Text file with one {} for each column; unset: the medical reasoning template. Rows with a `messages` "
-        "column go through the model's chat template.",
+        "Text file with one {} for each column; unset: the medical reasoning template. Rows with instruction and "
+        "output take `chat` (the model's chat template) or `alpaca` (Alpaca's own text); unset: `chat` where the model "
+        "has a chat template.",
         example="template.txt",
     )
-    train_on: Literal["all", "response"] = setting(
-        "all", "Loss on the whole text, as in the tutorial, or only on the response."
+    dataset_format: Literal[
+        "auto", "columns", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt_completion_chat", "text"
+    ] = setting("auto", "Form of the rows; auto: by their columns.")
+    train_on: Literal["all", "response", "last"] = setting(
+        "all", "Loss on the whole text, as in the tutorial, only on the responses, or only on the last one."
+    )
+    keep_reasoning: Literal["auto", "last", "template"] = setting(
+        "auto",
+        "Reasoning in conversations. auto: all that rows hold is trained; last: only what follows the last question; "
+        "template: what the chat template keeps.",
     )
     drop_bad_rows: bool = setting(False, "Leave out malformed rows and count them, instead of stopping at them.")
     dataset_num_proc: int = setting(2, "Processes that tokenize (about 0.7 GB each).", low=1, high=64, free=True)
@@ -333,6 +343,11 @@ class Settings:
     def recomputes(self) -> bool | None:
         """Whether the activations of all layers are recomputed, or those of none; None: planned."""
         return None if self.gradient_checkpointing == "auto" else self.gradient_checkpointing != "false"
+
+    @property
+    def template_file(self) -> str | None:
+        """The file that PROMPT_TEMPLATE names; None: it names none, but a way to write rows."""
+        return None if self.prompt_template in WAYS else self.prompt_template
 
     def replaced(self, **values: Any) -> Settings:
         """A copy with other values."""
@@ -642,6 +657,18 @@ def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
             yield f"{name}={text(wanted)}: needs measurements during training, for example EVAL_STEPS=20 (and EVAL_ROWS not 0)"
     if s.dataset_name == "samples" and s.dataset_config not in (None, "en", "zh"):
         yield f"DATASET_CONFIG={s.dataset_config}: the bundled rows have en and zh, for example DATASET_CONFIG=en"
+    if s.dataset_format not in ("auto", "columns"):
+        alpaca = s.dataset_format == "alpaca" and s.template_file is None
+        given = dict(
+            PROMPT_COLUMNS=s.prompt_columns != Settings.prompt_columns,
+            COMPLETION_COLUMNS=s.completion_columns != Settings.completion_columns,
+            PROMPT_TEMPLATE=s.prompt_template is not None and not alpaca,
+        )
+        if named := [name for name, changed in given.items() if changed]:
+            yield (
+                f"DATASET_FORMAT={s.dataset_format} with {' and '.join(named)}: only rows with columns take "
+                f"{'them' if len(named) > 1 else 'it'}; leave one of the two out, or use DATASET_FORMAT=columns"
+            )
     if set(s.prompt_columns) & set(s.completion_columns):
         yield (
             "COMPLETION_COLUMNS: a column cannot be both asked and answered, for example PROMPT_COLUMNS=Question "

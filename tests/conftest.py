@@ -52,6 +52,12 @@ def device() -> str:
     return "cpu"
 
 
+@pytest.fixture(autouse=True)
+def _stores(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test makes its own tokens, and leaves none."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("stores")))
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.model(tmp_path_factory.mktemp("llama"), "llama", shards=True)
@@ -71,7 +77,16 @@ def environment(**values: Any) -> dict[str, str]:
     """An environment without the user's own settings, offline and without a GPU."""
     kept = {
         k: os.environ[k]
-        for k in ("PATH", "PYTHONPATH", "HOME", "XDG_CACHE_HOME", "LANG", "TMPDIR", "OMP_WAIT_POLICY")
+        for k in (
+            "PATH",
+            "PYTHONPATH",
+            "HOME",
+            "XDG_CACHE_HOME",
+            "HF_DATASETS_CACHE",
+            "LANG",
+            "TMPDIR",
+            "OMP_WAIT_POLICY",
+        )
         if k in os.environ
     }
     return {**kept, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **{k: str(v) for k, v in values.items()}}

@@ -5,11 +5,13 @@ has to be imported before transformers.
 """
 
 from finetune.data.formats.template import TEMPLATE, Template, template
+from finetune.data.locate import on_hub
 from finetune.data.processes import FEW_ROWS
-from finetune.data.rows import Rows, load, on_hub
+from finetune.data.rows import Rows, load
+from finetune.data.shown import IGNORE_INDEX
 from finetune.data.tokenizer_files import load as tokenizer
 from finetune.data.tokenizer_files import misread, rewritten
-from finetune.data.tokens import IGNORE_INDEX, Tokens, format_of, tokenize
+from finetune.data.tokens import Tokens, format_of, tokenize
 
 __all__ = [
     "FEW_ROWS",

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import struct
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from finetune import files
+from finetune.data.checked import refuse
+from finetune.data.encoder import Encoder
 from finetune.data.formats import Format
 from finetune.data.formats.base import Text
-from finetune.data.held_out import HeldOut, Question, Row
-from finetune.data.near_duplicates import blocks, near_duplicates
-from finetune.data.rows import Held, refuse
+from finetune.data.held_out import HeldOut, Question
+from finetune.data.held_rows import Held
+from finetune.data.near_duplicates import near_duplicates
+from finetune.data.packing import TokenRows
 from finetune.settings import Settings
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def encoded(
-    held: Held, form: Format, encode: Callable[[Row], Row], trained: Dataset, common: int, settings: Settings
+    held: Held, form: Format, encoder: Encoder, trained: TokenRows, common: int, settings: Settings, folder: Path
 ) -> HeldOut:
-    """Tokens of the rows that are held out, EVAL_ROWS at the most. form, encode: of their texts and tokens; trained, common: see `Tokens`.
+    """Tokens of the rows that are held out, EVAL_ROWS at the most. form, encoder: of their texts and tokens; trained, common: see `Tokens`.
+
+    folder: remembers which of them are near-duplicates of the trained rows, so that those are not gone through again.
 
     Raises SettingsError that names bad rows, where the user named these rows or would have trained them.
     """
-    rows = [encode(row) for row in held.rows]
+    rows = encoder.many(held.rows)
     bad = [f"{place}: {row['problem']}" for place, row in zip(held.places, rows, strict=True) if row["problem"]]
     if held.strict:
-        refuse(bad, len(rows), settings, "what a row says has to be measured")
+        refuse(bad, len(bad), len(rows), settings, "what a row says has to be measured")
     # a label is an id, or below 0; the first is not counted, because no token before it predicts it
     good = [index for index, row in enumerate(rows) if any(label >= 0 for label in row["labels"][1:])]
-    known = near_duplicates([rows[index]["input_ids"] for index in good], blocks(trained), common) if good else []
+    known = _known([rows[index]["input_ids"] for index in good], trained, common, folder)
     free = [index for index, twice in zip(good, known, strict=True) if not twice][: settings.eval_rows]
     looked_at = good.index(free[-1]) + 1 if len(free) == settings.eval_rows else len(good)
     texts = (form.text(held.rows[index]) for index in free)
@@ -50,6 +53,18 @@ def encoded(
         duplicates=sum(known[:looked_at]),
         sha256=digest.hexdigest(),
     )
+
+
+def _known(held: list[list[int]], trained: TokenRows, common: int, folder: Path) -> list[bool]:
+    """Which of the rows are near-duplicates, from the folder of the trained rows' store where that knows."""
+    name = hashlib.sha256(json.dumps([held, common]).encode()).hexdigest()
+    file = folder / f"near-duplicates-{name[:32]}.json"
+    if file.is_file():
+        found: list[bool] = json.loads(file.read_bytes())
+        return found
+    found = near_duplicates(held, trained.blocks(), common) if held else []
+    files.write_json(file, found)
+    return found
 
 
 def question(text: Text) -> Question | None:

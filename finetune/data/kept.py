@@ -30,11 +30,14 @@ class Guard:
         return cls(tokenizer.backend_tokenizer, any_of(texts), own_file)
 
     def check(self, text: str, ids: list[int], cut: bool) -> bool:
+        """As `compare`, of tokens."""
+        return self.compare(text, self.backend.decode(ids, skip_special_tokens=False), cut)
+
+    def compare(self, text: str, decoded: str, cut: bool) -> bool:
         """Whether the tokenizer wrote some of the text in another way (a normalizer, white space it does not know), losing no letter.
 
-        cut: the tokens hold only the beginning of the text. Raises BadRow that shows what was lost.
+        decoded: what its tokens say, special ones too. cut: they hold only the beginning of the text. Raises BadRow that shows what was lost.
         """
-        decoded = self.backend.decode(ids, skip_special_tokens=False)
         if decoded == text:
             return False
         wanted, found = self._segments(text), self._segments(decoded)

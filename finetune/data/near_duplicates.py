@@ -7,7 +7,7 @@ their number.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,11 +121,3 @@ def _hashes(ids: Ids) -> Ids:
 def _inside(places: Ids, rows: Ids, lengths: Ids, ends: Ids, common: int) -> Ids:
     """Which runs, known by their places and rows, are of one row and behind the common beginning."""
     return (places + GRAM <= ends[rows]) & (places >= ends[rows] - lengths[rows] + common)
-
-
-def blocks(dataset: Any, size: int = 250) -> Iterator[tuple[Ids, Ids]]:
-    """The ids of a table's rows, in blocks for `near_duplicates`: without a Python object for each token."""
-    arrow = dataset.with_format("arrow")
-    for start in range(0, len(dataset), size):
-        column = arrow[start : start + size]["input_ids"].combine_chunks()
-        yield column.flatten().to_numpy(), column.value_lengths().to_numpy()

@@ -1,137 +1,258 @@
-"""Files of rows: JSON, JSON lines, CSV and Parquet, each row with its place for messages."""
+"""Rows of files of text: JSON, JSON lines, CSV, TSV, plain text. Each row has its place, and a bad one is told and not raised."""
 
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any, NamedTuple
 
-from finetune.errors import SettingsError, first_line
-
-if TYPE_CHECKING:
-    from pyarrow import RecordBatch
+from finetune.data import opened, tables
+from finetune.data.checks import whole
+from finetune.data.opened import File
+from finetune.errors import SettingsError
 
 Row = dict[str, Any]
-Placed = tuple[str, Row]  # a row, after "row 3 (line 4)"
+PIECE = 2**20  # characters of a JSON list that are read at a time
+NEAR = 16  # characters: more than the longest word or escape of JSON
+EXAMPLE = '{"Question": "…"}'
 
 
-def rows(path: Path, wanted: set[str]) -> Iterator[Placed]:
-    """The rows of a file whose name ends in one of READERS. wanted: the columns to read, in formats that can skip others.
+class Unread(str):
+    """Why a row could not be read, in words that follow its place."""
 
-    Raises SettingsError that names the file, the place in it, and what is wrong there.
+
+class Read(NamedTuple):
+    """A row with its place: number counts from 1 in its file; line is where it stands or ends, 0 where a file has no lines."""
+
+    number: int
+    line: int
+    row: Any  # an object where all is well; else any other value of JSON, or Unread
+
+
+Reader = Callable[[File, set[str], int], Iterator[Read]]
+
+
+def rows(file: File, wanted: set[str], after: int = 0) -> Iterator[Read]:
+    """The rows of a file of one of READERS. wanted: the columns to read, in kinds of files that can skip others.
+
+    after: rows at the beginning that are left out, and where it can be not even looked at.
+
+    A row that cannot be read is Unread; what is wrong with a whole file is raised as SettingsError, which names file and place.
     """
+    reader = READERS[file.kind]
     try:
-        yield from READERS[path.suffix.lower()](path, wanted)
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"DATASET_NAME={path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except OSError as error:
-        raise SettingsError(f"DATASET_NAME={path}: cannot be read ({error.strerror or first_line(error)})") from None
+        if reader not in BINARY:
+            with file.stream() as stream:
+                opened.marked(file, stream.read(4))
+        yield from reader(file, wanted, after)
+    except UnicodeDecodeError:
+        raise opened.not_utf8(file) from None
 
 
-def _jsonl(path: Path, _: set[str]) -> Iterator[Placed]:
-    index = 0
-    with open(path, encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            index += 1
-            try:
-                row = json.loads(line, object_pairs_hook=_object)
-            except (ValueError, RecursionError) as error:
-                raise SettingsError(
-                    f'{path} line {number}: {_not_json(error)}; each line is one object, such as {{"Question": "…"}}'
-                ) from None
-            yield f"row {index} (line {number})", row
+def count(file: File, most: int | None) -> int:
+    """How many rows a file has, or `most` if it has more."""
+    reader = READERS[file.kind]
+    if reader in BINARY:
+        found = tables.count(file, reader is _parquet)
+        return found if most is None else min(found, most)
+    if reader in (_jsonl, _text):
+        with file.stream() as stream:
+            return sum(1 for _ in itertools.islice((line for line in stream if not line.isspace()), most))
+    return sum(1 for _ in itertools.islice(rows(file, set()), most))
 
 
-def _json(path: Path, _: set[str]) -> Iterator[Placed]:
-    text = path.read_text(encoding="utf-8-sig")
+def _lines(file: File, stream: IO[bytes]) -> Iterator[tuple[int, str | Unread]]:
+    """The lines that are not blank, with their numbers. A bad byte spoils one line alone."""
+    begin = 0
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text: str | Unread = line.decode()
+        except UnicodeDecodeError as error:
+            text = Unread(opened.wrong(file, f"byte {begin + error.start + 1} of the file", line))
+        begin += len(line)
+        if text.strip():
+            yield number, text
+
+
+def _jsonl(file: File, _: set[str], after: int) -> Iterator[Read]:
+    decode = json.JSONDecoder(object_pairs_hook=whole).decode
+    with file.stream() as stream:
+        for index, (number, line) in _from(after, _lines(file, stream)):
+            row: Any = line
+            if not isinstance(line, Unread):
+                try:
+                    row = decode(line)
+                except (ValueError, RecursionError) as error:
+                    row = Unread(f"is {_not_json(error)}; each line is one object, such as {EXAMPLE}")
+            yield Read(index, number, row)
+
+
+def _text(file: File, _: set[str], after: int) -> Iterator[Read]:
+    with file.stream() as stream:
+        for index, (number, line) in _from(after, _lines(file, stream)):
+            row = line if isinstance(line, Unread) else {"text": line.rstrip("\r\n")}
+            yield Read(index, number, row)
+
+
+def _from(after: int, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Items with their numbers, from 1 on, without those up to `after`."""
+    return itertools.islice(enumerate(items, 1), after, None)
+
+
+def _json(file: File, _: set[str], after: int) -> Iterator[Read]:
+    with file.stream() as stream, io.TextIOWrapper(stream, "utf-8-sig") as text:
+        begin = text.read(PIECE)
+        if begin.lstrip()[:1] != "[":
+            items: Iterable[Any] = _whole(file, begin + text.read())
+        else:
+            items = _Items(file, text, begin).items()
+        for index, row in _from(after, items):
+            yield Read(index, 0, row)
+
+
+def _whole(file: File, text: str) -> list[Any]:
+    """The rows of an object with one list of them, such as {"data": [...]}."""
     try:
-        rows = json.loads(text, object_pairs_hook=_object)
+        found = json.loads(text, object_pairs_hook=whole)
     except (ValueError, RecursionError) as error:
         raise SettingsError(
-            f'DATASET_NAME={path}: {_not_json(error)}; it takes a list of objects, such as [{{"Question": "…"}}], and a file '
+            f"DATASET_NAME={file.shown}: {_not_json(error)}; it takes a list of objects, such as [{EXAMPLE}], and a file "
             "with one object a line is named .jsonl"
         ) from None
-    if isinstance(rows, dict):  # {"data": [...]} and the like
-        lists = [value for value in rows.values() if isinstance(value, list)]
-        rows = lists[0] if len(lists) == 1 else rows
-    if not isinstance(rows, list):
+    lists = {name: value for name, value in found.items() if isinstance(value, list)} if isinstance(found, dict) else {}
+    if len(lists) != 1:
         raise SettingsError(
-            f'DATASET_NAME={path}: holds no list; it takes a list of objects, such as [{{"Question": "…"}}]'
+            f"DATASET_NAME={file.shown}: holds no list; it takes a list of objects, such as [{EXAMPLE}]"
         )
-    for index, row in enumerate(rows, 1):
-        yield f"row {index}", row
+    ((name, rows),) = lists.items()
+    if any(isinstance(row, dict) and {"role", "from"} & {*row} for row in rows[:1]):
+        raise SettingsError(
+            f"DATASET_NAME={file.shown}: is one conversation and no list of rows; put it in a list, such as "
+            f'[{{"{name}": […]}}]'
+        )
+    others = ", ".join(key for key in found if key != name)
+    print(f"data: {file.shown}: the rows are the list {name}{f'; {others} is not read' if others else ''}", flush=True)
+    return rows
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    """A JSON object. Python keeps the last of two values with one name; nothing may be lost so."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)} more than once")
-    return made
+class _Items:
+    """The items of a JSON list, read a piece at a time: a list of a million rows need not fit the memory."""
+
+    def __init__(self, file: File, stream: io.TextIOWrapper, begin: str):
+        self.file, self.stream = file, stream
+        self.buffer, self.at, self.lines = begin, begin.index("[") + 1, 1  # lines: up to the buffer
+        self.decode = json.JSONDecoder(object_pairs_hook=whole).raw_decode
+
+    def items(self) -> Iterator[Any]:
+        """Each item. Raises SettingsError that names the line where the text is no JSON."""
+        index, between = 0, False
+        while (char := self._next()) != "]":
+            if not char:
+                raise self._refusal(index, "not JSON (the list does not end)", self.at)
+            if between != (char == ","):
+                raise self._refusal(index, "not JSON (a list has a comma between two values)", self.at)
+            if between:
+                self.at += 1
+                self._next()
+            index, between = index + 1, True
+            yield self._item(index)
+        self.at += 1
+        if self._next():
+            raise self._refusal(index, "not JSON (something follows the list)", self.at)
+
+    def _next(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            rest = self.buffer[self.at : self.at + 100].lstrip()
+            if rest:
+                self.at = self.buffer.index(rest[0], self.at)
+                return rest[0]
+            self.at = min(self.at + 100, len(self.buffer))
+            if self.at == len(self.buffer) and not self._more():
+                return ""
+
+    def _item(self, index: int) -> Any:
+        while True:
+            try:
+                value, end = self.decode(self.buffer, self.at)
+            except RecursionError:
+                raise self._refusal(index, "nested too deeply", self.at) from None
+            except json.JSONDecodeError as error:
+                # what is only cut goes wrong at the end of the buffer, but for a string, of which the beginning is told
+                cut = error.pos > len(self.buffer) - NEAR or error.msg.startswith("Unterminated")
+                if not (cut and self._more()):
+                    raise self._refusal(index, f"not JSON ({error.msg})", error.pos) from None
+                continue
+            except ValueError as error:
+                raise self._refusal(index, f"not JSON ({error})", self.at) from None
+            if end < len(self.buffer) or not self._more():  # a number may go on
+                self.at = end
+                return value
+
+    def _more(self) -> bool:
+        """Read on; what was used is forgotten. The pieces grow, so that a long row is not tried too often."""
+        piece = self.stream.read(max(PIECE, len(self.buffer) - self.at))
+        if piece:
+            self.lines += self.buffer.count("\n", 0, self.at)
+            self.buffer, self.at = self.buffer[self.at :] + piece, 0
+        return bool(piece)
+
+    def _refusal(self, index: int, why: str, at: int) -> SettingsError:
+        line = self.lines + self.buffer.count("\n", 0, at)
+        return SettingsError(f"DATASET_NAME={self.file.shown}: {why} in row {index}, line {line}")
 
 
 def _not_json(error: ValueError | RecursionError) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"
 
 
-def _csv(path: Path, _: set[str]) -> Iterator[Placed]:
+def _csv(file: File, _: set[str], after: int, delimiter: str = ",") -> Iterator[Read]:
     csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
+    kind = file.kind[1:].upper()
+    with file.stream() as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True, delimiter=delimiter)
         try:
-            _named_once(path, reader.fieldnames or ())
-            for index, row in enumerate(reader, 1):
-                place = f"row {index} (line {reader.line_num})"
+            named_once(file, reader.fieldnames or ())
+            row: Any
+            for index, row in _from(after, reader):
                 if None in row:
-                    raise SettingsError(
-                        f"{path} {place}: has more fields than the header; put fields with commas in quotes"
+                    row = Unread(
+                        f"has more fields than the header; put fields with {'tabs' if delimiter != ',' else 'commas'} in quotes"
                     )
-                yield place, row
-        except csv.Error as error:
-            raise SettingsError(f"{path} line {reader.line_num}: not CSV ({error})") from None
+                yield Read(index, reader.line_num, row)
+        except csv.Error as error:  # where a quote is missing, nobody knows where the next row begins
+            raise SettingsError(f"{file.shown} line {reader.line_num}: not {kind} ({error})") from None
 
 
-def _parquet(path: Path, wanted: set[str]) -> Iterator[Placed]:
-    """Columns that are not wanted are None: Python may be unable to hold their values, but messages still name them."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        _named_once(path, names)
-        index = 0
-        for batch in file.iter_batches(columns=[name for name in names if name in wanted]):
-            for row in _converted(path, batch):
-                index += 1
-                yield f"row {index}", {**dict.fromkeys(names), **row}
-    except pyarrow.ArrowInvalid as error:
-        raise SettingsError(f"DATASET_NAME={path}: not a whole Parquet file ({first_line(error)})") from None
+def _tsv(file: File, wanted: set[str], after: int) -> Iterator[Read]:
+    return _csv(file, wanted, after, "\t")
 
 
-def _converted(path: Path, batch: RecordBatch) -> list[Row]:
-    try:
-        rows: list[Row] = batch.to_pylist()
-    except (ValueError, OverflowError) as error:  # a time beyond Python's, bytes that are not UTF-8
-        names = ", ".join(batch.schema.names)
-        raise SettingsError(
-            f"DATASET_NAME={path}: one of {names} cannot be read ({first_line(error)}); save it as text"
-        ) from None
-    return rows
-
-
-def _named_once(path: Path, names: Sequence[str]) -> None:
+def named_once(file: File, names: Sequence[str]) -> None:
     """Refuse two columns with one name: a row would keep only the last. Columns without a name may repeat: no setting names them."""
     if twice := next((name for name in names if name and names.count(name) > 1), None):
         raise SettingsError(
-            f"DATASET_NAME={path}: has more than one column {twice}; name each column once, for example {twice}_2"
+            f"DATASET_NAME={file.shown}: has more than one column {twice}; name each column once, for example {twice}_2"
         )
 
 
-READERS: dict[str, Callable[[Path, set[str]], Iterator[Placed]]]
-READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+def _parquet(file: File, wanted: set[str], after: int) -> Iterator[Read]:
+    rows = tables.parquet(file, wanted, named_once, after)
+    return (Read(index, 0, row) for index, row in enumerate(rows, after + 1))
+
+
+def _arrow(file: File, wanted: set[str], after: int) -> Iterator[Read]:
+    rows = tables.arrow(file, wanted, named_once, after)
+    return (Read(index, 0, row) for index, row in enumerate(rows, after + 1))
+
+
+READERS: dict[str, Reader] = {
+    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet, ".arrow": _arrow,
+    ".txt": _text,
+}  # fmt: skip
+BINARY = (_parquet, _arrow)

@@ -12,7 +12,7 @@ from finetune.settings import Settings
 
 def closed(settings: Settings) -> Iterator[str]:
     """A sentence for each local path that a setting names and this user may not read; for a folder, each file in it."""
-    named = (settings.model_name, settings.dataset_name, settings.eval_dataset_name, settings.prompt_template)
+    named = (settings.model_name, settings.dataset_name, settings.eval_dataset_name, settings.template_file)
     for name in filter(None, named):
         path = Path(name).expanduser()
         if problem := denied(path):

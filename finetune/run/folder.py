@@ -206,7 +206,7 @@ def inputs(settings: Settings) -> Iterator[str]:
         MODEL_NAME=settings.model_name,
         DATASET_NAME=settings.dataset_name if settings.dataset_name != "samples" else None,
         EVAL_DATASET_NAME=settings.eval_dataset_name if settings.eval_dataset_name != "samples" else None,
-        PROMPT_TEMPLATE=settings.prompt_template,
+        PROMPT_TEMPLATE=settings.template_file,
     )
     for variable, name in named.items():
         path = Path(name or "").expanduser()

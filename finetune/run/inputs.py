@@ -47,7 +47,7 @@ def missing(settings: Settings) -> Iterator[str]:
     yield from folder.inputs(settings)
     if problem := local.missing(settings):
         yield problem
-    yield from data.rows.missing(settings)
+    yield from data.held_rows.missing(settings)
     yield from data.formats.template.missing(settings)
 
 

@@ -75,7 +75,7 @@ def train_in(
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
     tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded), source.has_tokenizer_json)
-    console.phase("loading", tokens.describe(rows.dropped))
+    console.phase("loading", f"{tokens.describe(rows.dropped)}\n{data.shown.told(tokens.first(tokenizer))}")
     identity = {
         **settings.deciding(),
         **choice.deciding(),
@@ -137,7 +137,10 @@ def train_in(
         ),
         verification=merged.record() if merged else None,
         evaluation=evaluation.record(tokens.held_out, fit.course),
-        samples=evaluation.samples(settings.sample_question, prompt, tokens.held_out, before, after),
+        samples=dict(
+            evaluation.samples(settings.sample_question, prompt, tokens.held_out, before, after),
+            row=tokens.first(tokenizer),
+        ),
         environment=provenance.environment(gpu, environ),
         timings=dict(
             clock.seconds,

@@ -164,11 +164,15 @@ class Answered(TypedDict):
 
 
 class Samples(TypedDict):
-    """held_out: questions of held-out rows. Records from before there was an evaluation lack it."""
+    """row: the first row as it is trained, the trained part between ‹ and ›, cut in its middle where it is long.
+
+    held_out: questions of held-out rows. Records from before there was an evaluation lack it.
+    """
 
     question: Line
     before: str
     after: str
+    row: NotRequired[str]
     held_out: NotRequired[list[Answered]]
 
 

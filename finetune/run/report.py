@@ -255,6 +255,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f3f4f6; padd
 <h2>Curves</h2><img alt="loss (of training and of held-out rows), learning rate, gradient norm and epoch over the global step" src="data:image/png;base64,{image}">
 <h2>Before and after</h2><p>{escape(s["question"])}</p>
 <h3>Before training</h3><pre>{escape(s["before"])}</pre><h3>After training</h3><pre>{escape(s["after"])}</pre>{others}
+<h2>First row as it is trained</h2><p>The loss is on what stands between ‹ and ›.</p><pre>{escape(s.get("row", ""))}</pre>
 <h2>Held-out rows</h2>{table(_measured(record))}
 <h2>Rows</h2>{table(list(record["dataset"].items()))}
 <h2>Verification</h2>{table(list((record["verification"] or {}).items()))}

@@ -15,7 +15,7 @@ from finetune.sources.model import Source
 # of the run: how a row becomes tokens, and how the base is held
 OF_RUN = (
     *("load_in_4bit", "prompt_template", "prompt_columns", "completion_columns", "train_on", "max_seq_length"),
-    *("dataset_name", "dataset_config", "dataset_split", "drop_bad_rows"),
+    *("dataset_name", "dataset_config", "dataset_split", "dataset_format", "keep_reasoning", "drop_bad_rows"),
 )
 
 

@@ -29,8 +29,8 @@ class Hub(Protocol):
     def commit(self, variable: str, name: str, revision: str, settings: Settings) -> str:
         """The commit that the revision of a repository names now. variable: MODEL_NAME or DATASET_NAME."""
 
-    def fetch(self, settings: Settings) -> Source:
-        """MODEL_NAME's files, downloaded at the commit that MODEL_REVISION names now."""
+    def fetch(self, settings: Settings, weights: bool = True) -> Source:
+        """MODEL_NAME's files, downloaded at the commit that MODEL_REVISION names now; or all but the weights."""
 
     def cached(self, name: str, commit: str) -> Source | None:
         """The model's files at that commit, without the network; None: they are not on this machine."""
@@ -66,6 +66,17 @@ def fetch_model(settings: Settings) -> Source:
             "them is meant; name the model alone, or one that the adapter is merged into"
         )
     return source
+
+
+def fetch_words(settings: Settings) -> Source:
+    """The model's folder, of which the tokenizer is needed alone. Raises as `fetch_model`."""
+    name = settings.model_name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Source(name, None, folder)
+    if problem := local.missing(settings):
+        raise SettingsError(problem)
+    return hub().fetch(settings, weights=False)
 
 
 def cached(name: str, commit: str | None) -> Source | None:

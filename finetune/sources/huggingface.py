@@ -116,8 +116,8 @@ def commit(variable: str, name: str, revision: str, settings: Settings) -> str:
     return found
 
 
-def fetch(settings: Settings) -> Cached:
-    """MODEL_NAME's files, downloaded at the commit that MODEL_REVISION names now.
+def fetch(settings: Settings, weights: bool = True) -> Cached:
+    """MODEL_NAME's files, downloaded at the commit that MODEL_REVISION names now. weights: whether these too.
 
     All files but the weights are checked here. The weights are checked later by `digests`, while the libraries are
     imported.
@@ -140,17 +140,17 @@ def fetch(settings: Settings) -> Cached:
     source.check(["config.json"])
     if not source.config():
         raise HubError(f"MODEL_NAME={name}: config.json, as the Hub has it, is no object in JSON; name another model")
-    if problem := quantised(source):  # refused now, and not after 40 GB were downloaded
+    if weights and (problem := quantised(source)):  # refused now, and not after 40 GB were downloaded
         raise SettingsError(problem)
     asked.update(revision=source.commit, ignore_patterns=EXCLUDED)  # so that all files are of the same commit
     # huggingface_hub before 1.3x kept no list of a commit's files in its cache, and offline none can be asked for
     asked.update(local_files_only=constants.is_offline_mode())
-    for weights in (WEIGHTS, OLD_WEIGHTS):
-        download = functools.partial(snapshot_download, **asked, allow_patterns=[*weights, *TEXTS])
+    for patterns in (WEIGHTS, OLD_WEIGHTS) if weights else ((),):
+        download = functools.partial(snapshot_download, **asked, allow_patterns=[*patterns, *TEXTS])
         talk("MODEL_NAME", name, download, revision)
         if any(source.folder.glob("*.safetensors")):
             break
-    if not any(source.folder.glob("*.safetensors")) and not any(source.folder.glob("pytorch_model*.bin")):
+    if weights and not any(source.folder.glob("*.safetensors")) and not any(source.folder.glob("pytorch_model*.bin")):
         raise SettingsError(
             f"MODEL_NAME={name}: holds no safetensors or pytorch weights (GGUF and the like cannot be trained)"
         )

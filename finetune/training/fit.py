@@ -195,10 +195,13 @@ def _batches(
     """Micro-batches for a model that is not on the compiled path."""
     if choice.name != "unsloth":
         return Padded(model, tokenizer, compute_dtype(settings), tokens.dataset[0])
+    from datasets import Dataset
     from trl import SFTTrainer
 
+    # it makes micro-batches and losses of rows that are given to it, and goes through no data set; but it wants one
+    some = Dataset.from_dict(tokens.dataset[:STREAM_ROWS])
     with patches.adapter_keeps_its_type(model):
-        trainer = SFTTrainer(model=model, args=arguments, train_dataset=tokens.dataset, processing_class=tokenizer)
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=some, processing_class=tokenizer)
     return Recipes(trainer)
 
 

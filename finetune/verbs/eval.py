@@ -74,13 +74,13 @@ def _rows(found: Trained) -> HeldOut:
     part = found.output / ("adapter" if (found.output / "adapter").is_dir() else "merged")
     tokenizer, day = data.tokenizer(Source(str(part), None, part)), folder.day_of(found.record)
     rows: HeldOut | None
-    if not own and list(data.rows.missing(settings.replaced(eval_rows=0))):
+    if not own and list(data.held_rows.missing(settings.replaced(eval_rows=0))):
         print("note: the data that was trained is not there, so near-duplicates of it are not looked for", flush=True)
         rows = _alone(settings, tokenizer, day)
     else:
         # what was trained is known by the rows that were held out then
         there = data.load(as_run)
-        there = there if own else dataclasses.replace(there, held=data.rows.held_elsewhere(settings))
+        there = there if own else dataclasses.replace(there, held=data.held_rows.held_elsewhere(settings))
         rows = data.tokenize(there, tokenizer, as_run if own else settings, day).held_out
     if rows is None or not rows.rows:
         raise SettingsError(
@@ -98,7 +98,7 @@ def _alone(settings: Settings, tokenizer: Any, day: datetime.date) -> HeldOut:
     there = held_out.measured(settings)
     loaded = data.load(there)
     tokens = data.tokenize(loaded, tokenizer, there, day)
-    rows = list(tokens.dataset.select(range(min(settings.eval_rows, len(tokens.dataset)))))
+    rows = [tokens.dataset[index] for index in range(min(settings.eval_rows, len(tokens.dataset)))]
     return HeldOut(
         name=loaded.name, rows=rows, places=[f"{loaded.name}, good row {number}" for number in range(1, len(rows) + 1)], questions=[],
         truncated=tokens.truncated, dropped=loaded.dropped + tokens.dropped, duplicates=0, sha256=tokens.sha256,

@@ -50,6 +50,10 @@ VERBS = {
             "selftest", "compute on this GPU with all that a run uses, and compare; downloads nothing, under a minute"
         ),
         Verb(
+            "data",
+            "look at the rows before training: lengths, what is cut, near-duplicates, rows as they are trained; needs no GPU",
+        ),
+        Verb(
             "ask",
             "answer with the trained model in OUTPUT_DIR",
             word="QUESTION",

@@ -159,7 +159,7 @@ def test_an_existing_path_is_local_and_has_no_commit(hub: HubServer, tmp_path: P
     assert checked.returncode == 0, checked.stderr
     answer = call(hub, tmp_path, "train", cwd=tmp_path, SAVE_MERGED=0)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "data: org/rows: a.jsonl, b.jsonl, data/c.jsonl\n" in answer.stdout
+    assert "data: org/rows: a.jsonl, b.jsonl, data/c.jsonl; left out: .hidden.jsonl (hidden)\n" in answer.stdout
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["dataset"]["commit"] is None and record["dataset"]["seen"] == 6
     assert record["model"]["commit"] is None and not hub.requests

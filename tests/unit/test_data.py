@@ -93,7 +93,7 @@ def test_a_split_that_does_not_exist(tmp_path: Path) -> None:
 
 
 BAD = {
-    "null": {**ROW, "Response": None}, "number": {**ROW, "Response": 3}, "list": {**ROW, "Response": ["a"]},
+    "null": {**ROW, "Response": None}, "an object, not text": {**ROW, "Response": {"a": 3}}, "list": {**ROW, "Response": ["a"]},
     "empty": {**ROW, "Response": ""}, "only white space": {**ROW, "Response": " \n\t\u3000"},
     "no column Response": {"Question": "a", "Complex_CoT": "b"}, "not an object": ["a"], r"column Question has half a character, \\ud800": {**ROW, "Question": "a\ud800b"},
 }  # fmt: skip
@@ -174,10 +174,10 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("rows.jsonl", b'{"Question": "a"\n', "line 1: not JSON"), ("rows.json", b"{}", "holds no list"),
+        ("rows.jsonl", b'{"Question": "a"\n', r"\(line 1\): is not JSON"), ("rows.json", b"{}", "holds no list"),
         ("rows.json", b'{"a": 1}\n{"a": 2}\n', "named .jsonl"), ("rows.jsonl", b"\xff\xfe", "UTF-8"), ("rows.jsonl", b"", "holds no rows"),
         ("rows.csv", b'a,b\n1,"2', "not CSV"), ("rows.csv", b"a,b\n1,2,3\n", "more fields"), ("rows.parquet", b"PAR1", "Parquet"),
-        ("rows.jsonl", b"{}\n" + b"[" * 200_000, "line 2: nested too deeply"), ("rows.json", b"[" * 200_000, r"rows\.json: nested too deeply"),
+        ("rows.jsonl", b"{}\n" + b"[" * 200_000, r"\(line 2\): is nested too deeply"), ("rows.json", b"[" * 200_000, r"rows\.json: nested too deeply"),
     ],
 )  # fmt: skip
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, why: str) -> None:
@@ -341,8 +341,9 @@ def test_a_template_that_asks_with_an_open_thought_has_answers_too(tmp_path: Pat
     trained = asks.decode([t for t in only["labels"] if t != data.IGNORE_INDEX])
     assert trained == f"Hi.{asks.eos_token}Farewell.{asks.eos_token}"
     thinks = [*CHAT[:-1], {"role": "assistant", "content": "<think>\nHm.\n</think>Farewell."}]
-    with pytest.raises(SettingsError, match="leaves out what stands before </think> of message 5"):
-        tokens(loaded(rows_file(tmp_path, [{"messages": thinks}])), asks)
+    kept = tokens(loaded(rows_file(tmp_path, [{"messages": thinks}])), asks, TRAIN_ON="last").dataset[0]
+    trained = asks.decode([t for t in kept["labels"] if t != data.IGNORE_INDEX])
+    assert trained == f"<think>\nHm.\n</think>Farewell.{asks.eos_token}"
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,12 +42,18 @@ def test_light_verbs_import_nothing_heavy(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["env"], ["train", "MAX_STEPS=0"]])
 def test_light_verbs_answer_in_a_fifth_of_a_second(words: list[str]) -> None:
+    """Of a core's time, so that other work on the machine does not count: waiting for the clock is all that is left out."""
+
+    def used() -> float:
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime
+
     seconds = []
-    for _ in range(7):
-        began = time.perf_counter()
+    for _ in range(5):
+        began = used()
         call(*words)
-        seconds.append(time.perf_counter() - began)
-    assert statistics.median(seconds) < 0.2 or min(seconds) < 0.15, seconds
+        seconds.append(used() - began)
+    assert statistics.median(seconds) < 0.2, seconds
 
 
 def test_no_gpu_refuses_the_8b_model_with_the_ways_out() -> None:

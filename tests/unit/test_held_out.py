@@ -13,7 +13,7 @@ import pytest
 
 import tiny
 from finetune import data
-from finetune.data import held_out, held_tokens, near_duplicates, rows
+from finetune.data import held_out, held_rows, held_tokens, near_duplicates
 from finetune.data.formats.base import Text
 from finetune.errors import SettingsError
 from finetune.settings import Settings
@@ -110,14 +110,6 @@ def test_half_of_a_row_in_two_trained_rows_is_no_duplicate_and_order_and_blocks_
     assert near([[1, 2]], [[1, 2]]) == [True] and near([[1, 2]], [[1, 2, 3]]) == [
         False
     ]  # shorter than what is compared
-
-
-def test_a_table_gives_its_rows_in_blocks_also_after_some_were_left_out() -> None:
-    from datasets import Dataset
-
-    table = Dataset.from_list([dict(input_ids=list(range(index))) for index in range(10)]).select([1, 3, 9])
-    parts = [(ids.tolist(), lengths.tolist()) for ids, lengths in near_duplicates.blocks(table, 2)]
-    assert parts == [([0, 0, 1, 2], [1, 3]), (list(range(9)), [9])]
 
 
 def file(path: Path, numbers: range, **more: str) -> Path:
@@ -225,8 +217,8 @@ def test_a_wrong_file_of_held_out_rows_is_named_by_its_own_setting(
     text = str(caught.value)
     assert said in text and str(other) in text + str(values and other) and " DATASET_NAME=" not in f" {text}"
     if content is None:
-        assert any(problem.startswith("EVAL_DATASET_NAME=") for problem in rows.missing(given))
-        assert not list(rows.missing(given.replaced(eval_rows=0)))
+        assert any(problem.startswith("EVAL_DATASET_NAME=") for problem in held_rows.missing(given))
+        assert not list(held_rows.missing(given.replaced(eval_rows=0)))
 
 
 @pytest.mark.parametrize("values", [{}, {"EVAL_ROWS": 0}, {"EVAL_SPLIT": "test"}, {"EVAL_DATASET_NAME": "x.jsonl"}])

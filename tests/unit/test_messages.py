@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import tiny
-from finetune import data
+from chats import ENDS, eos, tokens, trained, turn, words
 from finetune.errors import SettingsError
-from finetune.settings import Settings
 
-# the end of an answer, in the middle and at the end of a conversation
-ENDS = {
-    "qwen2_5": ("<|im_end|>", "<|im_end|>"),
-    "qwen3": ("<|im_end|>", "<|im_end|>"),
-    "qwen3_instruct_2507": ("<|im_end|>", "<|im_end|>"),
-    "qwen3_5_think": ("<|im_end|>", "<|im_end|>"),
-    "phi3": ("<|end|>", "<|endoftext|>"),
-    "llama3": ("<|eot_id|>", "<|eot_id|>"),
-    "llama3_1": ("<|eot_id|>", "<|eot_id|>"),
-    "gemma3": ("<end_of_turn>", "<end_of_turn>"),
-    "gptoss": ("<|end|>", "<|return|>"),
-    "deepseek_r1_distill": ("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
-    "lfm2": ("<|im_end|>", "<|im_end|>"),
-    "cohere2": ("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
-    "cohere": ("<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
-}
 # contents that stand in roles and headers too, with white space, tags and Chinese
 CHAT = [
     {"role": "user", "content": "user"},
@@ -43,88 +22,47 @@ CHAT = [
 ]
 
 
-def source(name: str) -> str:
-    return resources.files("trl").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
-
-
-def words(name: str, eos: str) -> Any:
-    """A tokenizer with the template and the special tokens that stand in it."""
-    made = tiny.tokenizer("qwen2")
-    template = source(name)
-    special = {*re.findall(r"<\|[\w▁]+\|>|<｜[\w▁]+｜>|<(?:start|end)_of_turn>", template), eos, "<bos>"} - {
-        "<｜tool▁sep｜>"
-    }
-    made.add_special_tokens({"additional_special_tokens": sorted(special)})
-    made.eos_token, made.bos_token = eos, "<bos>"
-    made.chat_template = template
-    return made
-
-
-def tokens(folder: Path, tokenizer: Any, rows: list[Any], **values: Any) -> data.Tokens:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    settings = Settings.from_env({"DATASET_NAME": str(path), "TRAIN_ON": "response", **values})
-    return data.tokenize(data.load(settings), tokenizer, settings, datetime.date(2024, 7, 26))
-
-
-def trained(made: data.Tokens, tokenizer: Any) -> str:
-    row = made.dataset[0]
-    return str(tokenizer.decode([label for label in row["labels"] if label != data.IGNORE_INDEX]))
-
-
 @pytest.mark.parametrize("name", ENDS)
 def test_every_answer_is_trained_with_its_end_and_nothing_else(tmp_path: Path, name: str) -> None:
     middle, last = ENDS[name]
-    made = words(name, "<|END_OF_TURN_TOKEN|>" if name == "cohere2" else last)
+    made = words(name, eos(name))
     answers = [turn["content"] for turn in CHAT if turn["role"] == "assistant"]
     found = trained(tokens(tmp_path, made, [{"messages": CHAT}]), made)
     # what a template writes at the head of an answer, which the model has to write too
-    heads = r"(?:<think>\s*</think>\s*|<\|channel\|>final<\|message\|>)?"
+    heads = r"\s*(?:<think>\s*</think>\s*|<\|channel\|>final<\|message\|>)?"
     ends = [middle, middle, "<|end|><|endoftext|>" if name == "phi3" else last]
     wanted = "".join(heads + re.escape(answer + end) for answer, end in zip(answers, ends, strict=True))
     assert re.fullmatch(wanted, found.strip()), found
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in ENDS if resources.files("trl").joinpath(f"chat_templates/{name}_training.jinja").is_file()],
-)
-def test_the_trained_part_is_that_of_trls_training_templates(tmp_path: Path, name: str) -> None:
-    """trl's templates mark with {% generation %} what is trained.
-
-    Theirs write the empty thought into each answer, and some mark what asks for the answer too, which no model has to write.
-    """
-    made = words(name, ENDS[name][1])
-    found = trained(tokens(tmp_path, made, [{"messages": CHAT}]), made)
-    made.chat_template = source(f"{name}_training")
-    theirs = made.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
-    masked = made.decode([i for i, use in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True) if use])
-    bare = [
-        re.sub(r"\s+|<think>\s*</think>|<\|start\|>assistant|<｜Assistant｜>", "", text) for text in (found, masked)
-    ]
-    assert bare[0] == bare[1]
-
-
-def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
-    return dict(role=role, content=content, **more)
-
-
 ASKED, SAID = turn("user", "Weather in SF?"), turn("assistant", "18 degrees.")
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Where?"}}},
+    },
+}
 CALL = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "SF"}}}]
 
 
 @pytest.mark.parametrize(
     ("template", "row", "why"),
     [
-        ("deepseek_r1_distill", dict(messages=[turn("human", "What is it?"), SAID]), r"content of message 1 \(role human\)"),
-        ("qwen3", dict(messages=[ASKED, turn("environment", "18C"), SAID]), r"content of message 2 \(role environment\)"),
+        ("deepseek_r1_distill", dict(messages=[turn("critic", "What is it?"), SAID]), r"content of message 1 \(role critic\)"),
+        ("qwen3", dict(messages=[ASKED, turn("critic", "18C"), SAID]), r"content of message 2 \(role critic\)"),
         ("deepseek_r1_distill", dict(messages=[turn("system", "One."), turn("system", "Two."), ASKED, SAID]), "message 1|message 2"),
-        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Four.", reasoning_content="R1")]), "the reasoning_content of message 2"),
-        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "<think>\nHm.\n</think>\nFour.")]), "before </think> of message 2"),
-        ("qwen2_5", dict(messages=[ASKED, turn("assistant", "Four.", reasoning_content="R1")]), "the reasoning_content of message 2"),
-        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Let me see.", tool_calls=CALL), SAID]), "message 2"),
-        ("qwen3", dict(messages=[ASKED, SAID], tools=[{"type": "function"}]), "has tools beside messages"),
-        ("qwen3", dict(messages=[ASKED, SAID], system="Answer in French."), "has system beside messages"),
+        ("deepseek_r1_distill", dict(messages=[ASKED, turn("assistant", "Let me see.", tool_calls=CALL), SAID]), "message 2 calls a tool|leaves out a tool call of message 2"),
+        ("deepseek_r1_distill", dict(messages=[ASKED, SAID], tools=[TOOL]), "has tools, and the model.s chat template has no place"),
+        ("qwen3", dict(messages=[ASKED, SAID], tools=[{"type": "function"}]), "has tools without a name"),
+        ("qwen3", dict(messages=[turn("system", "Be kind."), ASKED, SAID], system="Answer in French."), "in column system and another one"),
+        ("gemma3", dict(messages=[ASKED, turn("assistant", "a"), ASKED, SAID], tools=[TOOL]), "has tools, and the model.s chat template has no place"),
+        ("gptoss", dict(messages=[ASKED, turn("assistant", "a", reasoning="R1"), ASKED, SAID]), "leaves out the reasoning of message 2 .*KEEP_REASONING=template"),
+        ("qwen3", dict(messages=[ASKED, turn("assistant", None)]), "content of message 2 is null"),
+        ("qwen3", dict(messages=[turn("user", [{"type": "image_url"}]), SAID]), "part of type image_url"),
+        ("qwen3", dict(messages=[ASKED, SAID], images=["a.png"]), "has images beside its text"),
+        ("qwen3", dict(messages=[ASKED, turn("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), SAID]), "arguments of f are not JSON"),
         ("qwen3", dict(messages=[ASKED, {**SAID, "weight": 0.5}]), "weight 0.5; it takes 0 and 1"),
         ("llama3", dict(messages=[ASKED, turn("assistant", "<think></think>")]), "message 2 says nothing"),
     ],
@@ -136,8 +74,7 @@ def test_what_the_template_leaves_out_ends_the_run_with_its_row(
     fine = {"messages": [ASKED, SAID]}
     with pytest.raises(SettingsError, match=rf"rows.jsonl row 2 \(line 2\): .*({why})"):
         tokens(tmp_path, made, [fine, row, fine], TRAIN_ON="all")
-    kept = tokens(tmp_path, made, [fine, row, fine], TRAIN_ON="all", DROP_BAD_ROWS="1")
-    assert len(kept.dataset) == 2 and kept.dropped == 1
+    assert len(tokens(tmp_path, made, [fine, row, fine], TRAIN_ON="all", DROP_BAD_ROWS="1").dataset) == 2
 
 
 def test_a_message_of_weight_0_is_not_trained(tmp_path: Path) -> None:
@@ -151,8 +88,10 @@ def test_a_message_of_weight_0_is_not_trained(tmp_path: Path) -> None:
         ]
     )
     assert "Paris" not in trained(tokens(tmp_path, made, [row]), made)
-    with pytest.raises(SettingsError, match="weight 0, which TRAIN_ON=all would train"):
-        tokens(tmp_path, made, [row], TRAIN_ON="all")
+    everything = tokens(tmp_path, made, [row], TRAIN_ON="all")
+    found = trained(everything, made)
+    assert "Paris" not in found and "Capital of France?" in found and "18 degrees." in found
+    assert any("1 rows have messages of weight 0" in note for note in everything.notes)
 
 
 def test_a_row_that_a_template_refuses_is_named_and_may_be_dropped(tmp_path: Path) -> None:

@@ -15,6 +15,23 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Span = tuple[int, int]  # from the first character to the one after the last
 
+# What may be said of a row that is trained all the same, and how it is told of all such rows: "12 rows …".
+FLAGS = {
+    "marked": "end or begin with a BOS or EOS of their own, which is taken out; each row gets exactly one",
+    "literal": "hold the text of special tokens, which is read as ordinary text",
+    "meant": "hold special tokens, which are read as such, because the text is written as a chat template writes it",
+    "rewritten": "hold letters or white space that the model's tokenizer writes in its own way",
+    "as_json": "hold numbers, true or false (or a tool's result that is no text), which are trained as JSON writes them",
+    "nulls": "hold null in tools or in the arguments of calls, which is left out, because Parquet writes it for what is not there",
+    "muted": "have messages of weight 0, which are not trained",
+    "unwritten": "have fields in their messages that are not trained, because the chat template does not write them, such as name",
+    "wrapped": "hold reasoning that the model's chat template leaves out; it is written as <think>…</think> before its answer "
+    "(KEEP_REASONING=template leaves it out)",
+    "switched": "hold reasoning that the model's chat template leaves out of earlier turns unless it is told to keep it, as it "
+    "was here (KEEP_REASONING=template leaves it out)",
+    "thoughtless": "hold reasoning that is left out, as KEEP_REASONING says",
+}
+
 
 class BadRow(Exception):
     """There is no training text in a row. Says why, in words that follow the row's place."""
@@ -24,20 +41,24 @@ class BadRow(Exception):
 class Text:
     """A row's training text, without the EOS at its end.
 
-    answers: the spans that the model should learn to write. literal: spans of special tokens' text that the row itself holds, and
-    that are tokenized as ordinary text. marked: whether the row's own BOS or EOS was taken out at its ends.
+    answers: the spans that the model should learn to write. untrained: spans without a loss whatever TRAIN_ON says. literal: spans of
+    special tokens' text that the row itself holds, and that are tokenized as ordinary text. ends: whether the EOS at the end of the
+    row ends something that is trained. said: those of FLAGS that hold.
     """
 
     text: str
     answers: list[Span]
     literal: list[Span] = dataclasses.field(default_factory=list)
-    marked: bool = False
+    untrained: list[Span] = dataclasses.field(default_factory=list)
+    ends: bool = True
+    said: frozenset[str] = frozenset()
 
 
 class Format(Protocol):
     """One form of rows: what is wrong with a row, its training text, which part of it is the answer, and how a question is asked."""
 
-    NAME: ClassVar[str]  # in run.json
+    NAME: ClassVar[str]  # in run.json, and the value of DATASET_FORMAT
+    TOLD: ClassVar[str]  # what such a row has, in words
 
     @classmethod
     def recognises(cls, row: Row, settings: Settings) -> bool:
@@ -93,3 +114,9 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def any_of(texts: list[str]) -> re.Pattern[str]:
     """A pattern that finds each of the texts; if two match at one place, the first in the list. Without texts it finds nothing."""
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def short(text: str) -> str:
+    """The beginning of a text, on one line."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 60 else flat[:60] + " …"

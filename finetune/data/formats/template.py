@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from finetune.data import checks
-from finetune.data.formats.base import BadRow, Row, Span, Text, any_of, special_texts
+from finetune.data.formats.base import BadRow, Row, Text
+from finetune.data.formats.filled import Filler
 from finetune.errors import SettingsError
-from finetune.settings import Settings
+from finetune.settings import WAYS, Settings
 
 if TYPE_CHECKING:
-    import re
-
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE = """Below is an instruction that describes a task, paired with an input that provides further context.
@@ -60,14 +59,13 @@ class Template:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The format of rows with columns. special: finds special tokens' texts. bos, eos: the tokenizer's; "" where it has none."""
+    """The format of rows with columns."""
 
     NAME: ClassVar[str] = "columns"
+    TOLD: ClassVar[str] = "PROMPT_COLUMNS and COMPLETION_COLUMNS"
     template: Template
     columns: tuple[str, ...]
-    special: re.Pattern[str]
-    bos: str
-    eos: str
+    filler: Filler
 
     @classmethod
     def recognises(cls, row: Row, settings: Settings) -> bool:
@@ -86,10 +84,13 @@ class Columns:
 
     @classmethod
     def problem(cls, row: Row, settings: Settings) -> str | None:
-        """Each column has to hold text."""
+        """Each column has to hold text; of several PROMPT_COLUMNS some may be empty, such as Alpaca's input."""
+        asked = [column for column in settings.prompt_columns if not checks.empty(row.get(column))]
         for column in cls.needs(settings):
             if column not in row:
                 return f"has no column {column}; its columns are {', '.join(map(str, row)) or 'none'}"
+            if asked and column in settings.prompt_columns and checks.empty(row[column]):
+                continue
             if wrong := checks.bad_text(row[column]):
                 return f"column {column} {wrong}"
         return None
@@ -102,10 +103,7 @@ class Columns:
     @classmethod
     def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> Columns:
         """The format that settings and tokenizer make."""
-        return cls(
-            template(settings), cls.needs(settings), any_of(special_texts(tokenizer)), str(tokenizer.bos_token or ""),
-            str(tokenizer.eos_token or ""),
-        )  # fmt: skip
+        return cls(template(settings), cls.needs(settings), Filler.of(tokenizer))
 
     @property
     def writes_day(self) -> bool:
@@ -114,33 +112,24 @@ class Columns:
 
     def text(self, row: Row) -> Text:
         """The filled template; the answer is what follows the prompt columns."""
-        given: list[str] = [row[column] for column in self.columns]
-        values = [self._without_bos(given[0]), *given[1:]]
-        values[-1] = self._without_eos(values[-1])
-        if empty := next((c for c, value in zip(self.columns, values, strict=True) if not value.strip()), None):
-            raise BadRow(f"column {empty} holds nothing but {self.eos if empty == self.columns[-1] else self.bos}")
+        given = ["" if checks.empty(row[column]) else checks.text(row[column]) for column in self.columns]
+        values = [self.filler.without_bos(given[0]), *given[1:]]
+        values[-1] = self.filler.without_eos(values[-1])
+        for column, value, was in zip(self.columns, values, given, strict=True):
+            if was and not value.strip():
+                raise BadRow(
+                    f"column {column} holds nothing but {self.filler.eos if column == self.columns[-1] else self.filler.bos}"
+                )
         text, prompt, starts = self.template.fill(values)
-        literal: list[Span] = [
-            (start + found.start(), start + found.end())
-            for start, value in zip(starts, values, strict=True)
-            for found in self.special.finditer(value)
-        ]
-        return Text(text, [(prompt, len(text))], literal, values != given)
+        places = [(start, start + len(value)) for start, value in zip(starts, values, strict=True)]
+        said = {"marked"} if values != given else set()
+        if any(checks.is_bare(row[column]) for column in self.columns):
+            said.add("as_json")
+        return Text(text, [(prompt, len(text))], self.filler.literal(text, places), said=frozenset(said))
 
     def prompt(self, question: str) -> str:
         """The template up to its answer."""
         return self.template.prompt(question)
-
-    # Remove BOS and EOS that people write at the ends of a row. But not if the value holds both: `<s>` and `</s>` are HTML too.
-
-    def _without_bos(self, value: str) -> str:
-        html = bool(self.eos) and self.eos in value
-        return value if not self.bos or html else value.removeprefix(self.bos)
-
-    def _without_eos(self, value: str) -> str:
-        html = bool(self.bos) and self.bos in value
-        ended = bool(self.eos) and value.rstrip().endswith(self.eos)
-        return value.rstrip().removesuffix(self.eos) if ended and not html else value
 
 
 def template(settings: Settings) -> Template:
@@ -158,6 +147,8 @@ def template(settings: Settings) -> Template:
 
 def missing(settings: Settings) -> Iterator[str]:
     """What is wrong with the file that PROMPT_TEMPLATE names, in a sentence."""
+    if settings.prompt_template in WAYS:
+        return
     try:
         _template_file(settings)
     except SettingsError as error:
@@ -168,6 +159,11 @@ def _template_file(settings: Settings) -> str:
     """The text of the file that PROMPT_TEMPLATE names, or the tutorial's."""
     if settings.prompt_template is None:
         return TEMPLATE
+    if settings.prompt_template in WAYS:
+        raise SettingsError(
+            f"PROMPT_TEMPLATE={settings.prompt_template}: is for rows with instruction and output; rows with columns of your own "
+            "take the path of a text file"
+        )
     path = Path(settings.prompt_template).expanduser()
     if path.exists() and not path.is_file():
         raise SettingsError(f"PROMPT_TEMPLATE={settings.prompt_template}: is no file; give the path of a text file")
