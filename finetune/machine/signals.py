@@ -12,6 +12,7 @@ from typing import Any
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+_said = threading.Event()
 _words: Callable[[], str] | None = None  # what the next signal brings, where it is not the end at once
 
 
@@ -24,7 +25,7 @@ def listen() -> None:
     threading.Thread(target=_tell, args=(read,), daemon=True).start()
     for number in heeded():
         if number != signal.SIGINT:  # KeyboardInterrupt does
-            signal.signal(number, _end)
+            signal.signal(number, end)
 
 
 def heeded() -> list[signal.Signals]:
@@ -43,7 +44,9 @@ def told(words: Callable[[], str]) -> Iterator[None]:
         _words = None
 
 
-def _end(number: int, frame: Any) -> None:
+def end(number: int, frame: Any) -> None:
+    """End the run, as a handler of signals; after the line that says so."""
+    _said.wait(1)
     sys.exit(128 + number)
 
 
@@ -56,3 +59,5 @@ def _tell(read: int) -> None:
         line = f"{signal.Signals(numbers[0]).name}: {words() if words else 'ending now'}\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())  # not print: the signal may have come in the middle of one
+        if not words:
+            _said.set()

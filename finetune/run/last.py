@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune import console
 from finetune.machine import limits
 
-NOTE = ".running.json"  # in OUTPUT_DIR while a run lives there, and after one that was killed
+NOTE = "running.partial"  # in OUTPUT_DIR while a run lives there, and after one that was killed
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class Stop:
 
         def note(number: int, frame: Any) -> None:
             if self.signal is not None:
-                raise SystemExit(128 + number)
+                signals.end(number, frame)
             self.signal = number
 
         def words() -> str:

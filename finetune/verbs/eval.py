@@ -50,6 +50,7 @@ def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
                 )
             losses[name], labels = measuring.points.of[0], measuring.points.labels
             print(f"{name}: loss {loss:.4f}", flush=True)
+            del measuring  # and with it the model, before the next one is loaded
     made = evaluation.of_run(rows, losses, labels)
     files.write_json(found.output / "eval.json", made)
     print(*(f"{name}: {each['sentence']}." for name, each in made["compared"].items()), sep="\n")
@@ -108,6 +109,7 @@ def _alone(settings: Settings, tokenizer: Any, day: datetime.date) -> HeldOut:
 def _measurings(found: Trained, rows: HeldOut) -> Iterator[tuple[str, Evaluation]]:
     """What measures base, adapter and merged weights, each loaded when its turn comes."""
     if found.base:
+        folder.verify(found.output, "adapter/")  # a flipped bit would be measured; the base has been hashed already
         model, tokenizer = load.load(found.output / "adapter", found.base, found.settings)
         measuring = _measuring(model, tokenizer, rows, found.settings)
         with model.disable_adapter():
@@ -121,6 +123,7 @@ def _measurings(found: Trained, rows: HeldOut) -> Iterator[tuple[str, Evaluation
     elif found.why_not:
         print(f"only the merged weights are measured: {found.why_not}", flush=True)
     if found.merged:
+        folder.verify(found.output, "merged/")
         model, tokenizer = load.load(found.output / "merged", None, found.settings)
         yield "merged", _measuring(model, tokenizer, rows, found.settings)
 

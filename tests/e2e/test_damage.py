@@ -39,7 +39,7 @@ def refused(run: Path) -> str:
 def recorded(run: Path) -> None:
     """Make the record fit the files."""
     record = json.loads((run / "run.json").read_bytes())
-    record["files"] = records.entries(run, [name for name in record["files"] if (run / name).is_file()])
+    record["files"] = records.entries(run, [name for name in record["files"] if (run / name).is_file()], {})
     (run / "run.json").write_text(json.dumps(record))
 
 

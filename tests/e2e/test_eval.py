@@ -130,7 +130,11 @@ def test_eval_says_what_keeps_it_from_measuring(home: Path, run: Path, tmp_path:
     )
     assert "near-duplicates" in refused(SettingsError, EVAL_DATASET_NAME=file(tmp_path / "same.jsonl", range(10)))
     assert "EVAL_SPLIT=train[999:]" in refused(SettingsError, EVAL_SPLIT="train[999:]")
-    whole = record(run)
+    weights = run / "merged" / "model-00001-of-00003.safetensors"
+    whole, content = record(run), weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "is not the file that the run wrote" in refused(OutputError)
+    weights.write_bytes(content)
     (run / "run.json").write_text(json.dumps({**whole, "evaluation": None}))
     assert "held no rows out" in refused(SettingsError)
     (run / "run.json").unlink()

@@ -180,7 +180,7 @@ DISTURBED: dict[str, dict[str, Any]] = {
 def test_a_download_that_is_refused(hub: HubServer, answer: Answer, tmp_path: Path, request_: str, status: int) -> None:
     hub.fault(request_, status=status, times=40)
     code, said = fetch(answer, tmp_path)
-    assert code == (2 if status == 401 else 4) and "MODEL_NAME=org/tiny" in said, said
+    assert code == 4 and "MODEL_NAME=org/tiny" in said, said
     assert ("try again" in said) == (status in (500, 503)), said
 
 
@@ -191,7 +191,8 @@ def test_a_download_that_is_disturbed(hub: HubServer, answer: Answer, tmp_path: 
         pytest.skip("a HEAD has no body")
     hub.fault(request_, times=40, **DISTURBED[what])
     code, said = fetch(answer, tmp_path)
-    assert code == 4 and "MODEL_NAME=org/tiny" in said, said
+    no_files = what == "empty object" and request_ == TREE  # then there are no weights in it
+    assert code == (2 if no_files else 4) and "MODEL_NAME=org/tiny" in said, said
     if what == "stall":
         assert "does not answer" in said, said
 

@@ -39,7 +39,7 @@ Architecture: amd64
 Version: 1
 """
 COPYRIGHT = {
-    "libc6": "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n\nFiles: *\nLicense: LGPL-2.1+\n\nFiles: x\n"
+    "libc6": "Format: 1.0\n\nFiles: *\nLicense: LGPL-2.1+\n\nFiles: x\n"
     "License: GPL-2 or Expat\n\nLicense: Permission to use, copy, modify, and distribute this\n software\n",
     "bsdutils": "It is under the GPL: see /usr/share/common-licenses/GPL-2.\n",
 }  # fmt: skip

@@ -35,12 +35,21 @@ def started(code: str, *before: str) -> subprocess.Popen[str]:
 def test_a_signal_is_told_while_the_program_is_busy() -> None:
     process = started(BUSY)
     assert process.stdout and process.stderr and "SIGHUP" in process.stdout.readline()
+    time.sleep(0.5)  # now it is busy
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline() == "SIGTERM: ending now\n" and time.monotonic() - began < 2
     assert process.poll() is None  # busy still
     process.kill()
     process.communicate()
+
+
+def test_it_is_told_before_the_program_ends() -> None:
+    code = (
+        "import os, signal; from finetune.machine import signals; signals.listen(); os.kill(os.getpid(), signal.SIGHUP)"
+    )
+    process = started(code)
+    assert process.communicate(timeout=30) == ("", "SIGHUP: ending now\n") and process.returncode == 129
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
