@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ def sample(
             print("held-out questions are not asked: they need the fast decoder, on a GPU", flush=True)
         began = time.monotonic()
         with console.stage("asking", f"asking the sample question{others} {when} training"), engine.answering(model):
-            found, count = _all(model, tokenizer, asked, settings)
+            found, count = _all(model, tokenizer, asked, settings, beside=when == "after" and settings.save_merged)
         print(f"answered: {count} tokens, {count / max(time.monotonic() - began, 0.001):.0f} a second", flush=True)
         return found
 
@@ -49,17 +49,17 @@ def sample(
 
 
 def _all(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], settings: Settings
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], settings: Settings, beside: bool
 ) -> tuple[list[str], int]:
-    """The answers at once; where that does not fit the memory, the first alone."""
+    """The answers at once; where that does not fit the memory, the first alone. beside: the weights are merged meanwhile."""
     try:
-        return answers(model, tokenizer, prompts, settings.max_new_tokens, settings.max_memory)
+        return answers(model, tokenizer, prompts, settings.max_new_tokens, settings.max_memory, beside=beside)
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
             raise
     torch.cuda.empty_cache()
     print("out of GPU memory: only the sample question is asked", flush=True)
-    return answers(model, tokenizer, prompts[:1], settings.max_new_tokens, settings.max_memory)
+    return answers(model, tokenizer, prompts[:1], settings.max_new_tokens, settings.max_memory, beside=beside)
 
 
 def answer(
@@ -73,12 +73,12 @@ def answer(
 
 def answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int, max_memory: float | None = None,
-    streamer: TextStreamer | None = None,
+    streamer: TextStreamer | None = None, beside: bool = False,
 ) -> tuple[list[str], int]:  # fmt: skip
     """The model's greedy continuation of each prompt without special tokens, and how many tokens they have: at most `limit` each.
 
     By hand on a GPU for the architectures that are known (`decode`), else by transformers' generate, one after the other. max_memory:
-    GiB of GPU memory to keep within; None: what is free.
+    GiB of GPU memory to keep within; None: what is free. beside: another thread uses the GPU meanwhile.
     """
     ids = [_ids_of(prompt, tokenizer) for prompt in prompts]
     ends = sorted({tokenizer.eos_token_id, *_ids(getattr(model.generation_config, "eos_token_id", None))})
@@ -88,7 +88,7 @@ def answers(
     if why is None:
         needed = FOLDING * decode.folded_bytes(model) + decode.cache_bytes(model, ids, limit)
         folded = needed < _room(max_memory)
-        new = _decoded(decode.Decoder(model, folded), ids, limit, ends, streamer)
+        new = _decoded(decode.Decoder(model, folded).tokens(ids, limit, ends, beside), ids, streamer)
         torch.cuda.empty_cache()
     else:
         new = [_generated(model, tokenizer, row, limit, ends, streamer) for row in ids]
@@ -102,14 +102,12 @@ def _ids_of(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(prompt, add_special_tokens=not begun)["input_ids"])
 
 
-def _decoded(
-    decoder: decode.Decoder, ids: list[list[int]], limit: int, ends: list[int], streamer: TextStreamer | None
-) -> list[list[int]]:
-    """streamer: for one prompt alone."""
+def _decoded(coming: Iterator[list[list[int]]], ids: list[list[int]], streamer: TextStreamer | None) -> list[list[int]]:
+    """All tokens of each row. coming: a few of each at a time. streamer: for one prompt alone."""
     new: list[list[int]] = [[] for _ in ids]
     if streamer:
         streamer.put(torch.tensor(ids))
-    for some in decoder.tokens(ids, limit, ends):
+    for some in coming:
         for row, tokens in zip(new, some, strict=True):
             row += tokens
         if streamer:

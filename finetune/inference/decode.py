@@ -101,10 +101,12 @@ class Decoder:
         return lambda x: functional.rms_norm(x, weight.shape, weight, eps)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def tokens(self, prompts: Sequence[Sequence[int]], limit: int, ends: Sequence[int]) -> Iterator[list[list[int]]]:
+    def tokens(
+        self, prompts: Sequence[Sequence[int]], limit: int, ends: Sequence[int], beside: bool = False
+    ) -> Iterator[list[list[int]]]:
         """What each prompt is continued with, in lists of a few tokens as they come: at most `limit`, each to its own end token, included.
 
-        Prompts of different lengths are filled up in front.
+        Prompts of different lengths are filled up in front. beside: another thread uses the GPU meanwhile, and must come in between.
         """
         rows, longest = len(prompts), max(map(len, prompts))
         length = longest + limit
@@ -125,7 +127,7 @@ class Decoder:
             made.index_copy_(1, at - longest, found[:, None])
 
         told, finished = 0, torch.zeros(rows, dtype=torch.bool, device=self.device)
-        with _replayed(step, (at, current), self.device, limit) as again:
+        with _replayed(step, (at, current), self.device, limit, beside) as again:
             for count in range(1, limit + 1):
                 if count < limit and count % EVERY:
                     again()
@@ -272,9 +274,13 @@ def cache_bytes(model: Any, prompts: Sequence[Sequence[int]], limit: int) -> int
 
 @contextlib.contextmanager
 def _replayed(
-    step: Callable[[], None], changed: Sequence[Tensor], device: torch.device, limit: int
+    step: Callable[[], None], changed: Sequence[Tensor], device: torch.device, limit: int, beside: bool
 ) -> Iterator[Callable[[], None]]:  # fmt: skip
-    """A function that does what `step` does: on a GPU as one captured graph. changed: what it changes, set back after the warm-up."""
+    """A function that does what `step` does: on a GPU as one captured graph. changed: what it changes, set back after the warm-up.
+
+    beside: each launch waits until the one before has ended. Where launches were queued, a merge in another thread stood still for all
+    of the 13 s (benchmarks/h100/answers.json), most likely because a launch that waits in the driver keeps its lock.
+    """
     if device.type != "cuda" or limit < 2 * WARM_UP:
         yield step
         return
@@ -290,5 +296,11 @@ def _replayed(
         step()
     for tensor, value in zip(changed, before, strict=True):
         tensor.copy_(value)
-    yield graph.replay
+
+    def again() -> None:
+        if beside:
+            torch.cuda.current_stream().synchronize()
+        graph.replay()
+
+    yield again
     graph.reset()

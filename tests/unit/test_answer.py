@@ -33,7 +33,7 @@ def test_several_prompts_are_answered_as_each_alone(llama: Path, monkeypatch: py
     texts, count = answer.answers(model, words, prompts, 12)
     assert texts == [text for text, _ in alone] and count == sum(count for _, count in alone)
     ids = [answer._ids_of(prompt, words) for prompt in prompts]
-    decoded = answer._decoded(decode.Decoder(model, False), ids, 12, [words.eos_token_id], None)
+    decoded = answer._decoded(decode.Decoder(model, False).tokens(ids, 12, [words.eos_token_id]), ids, None)
     assert [words.decode(row, skip_special_tokens=True) for row in decoded] == [
         text.removeprefix("<think>") for text in texts
     ]
@@ -44,12 +44,12 @@ def test_where_memory_runs_out_the_sample_question_alone_is_asked(
 ) -> None:
     asked: list[int] = []
 
-    def answers(model: Any, tokenizer: Any, prompts: list[str], *_: Any) -> tuple[list[str], int]:
+    def answers(model: Any, tokenizer: Any, prompts: list[str], *_: Any, beside: bool) -> tuple[list[str], int]:
         asked.append(len(prompts))
         if len(prompts) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return ["a"], 1
 
     monkeypatch.setattr(answer, "answers", answers)
-    assert answer._all(None, None, ["one", "two"], Settings()) == (["a"], 1) and asked == [2, 1]
+    assert answer._all(None, None, ["one", "two"], Settings(), beside=False) == (["a"], 1) and asked == [2, 1]
     assert "only the sample question" in capsys.readouterr().out
