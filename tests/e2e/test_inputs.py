@@ -181,8 +181,8 @@ def test_rows_of_a_folder(tmp_path: Path) -> None:
         load()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "1.jsonl").write_bytes(ROW)
-    (tmp_path / "0.jsonl").write_bytes(ROW.replace(b'"r"', b"3"))
-    with pytest.raises(SettingsError, match=rf"{tmp_path}/0\.jsonl row 1 \(line 1\): column Response is a number"):
+    (tmp_path / "0.jsonl").write_bytes(ROW.replace(b'"r"', b"[3]"))
+    with pytest.raises(SettingsError, match=rf"{tmp_path}/0\.jsonl row 1 \(line 1\): column Response is a list"):
         load()
     (tmp_path / "data" / "1.csv").write_text("Question\nq\n")
     with pytest.raises(SettingsError, match=r"rows of 2 kinds \(\.csv, \.jsonl\).* DATASET_NAME=.*/data/1\.csv"):
