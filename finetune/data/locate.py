@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data import opened
+from finetune.data import opened, sheets
 from finetune.data.opened import PACKED, File
 from finetune.data.reading import READERS
 from finetune.errors import SettingsError
@@ -28,7 +28,7 @@ TEXT = ".txt"  # in a folder it is a note where there are other files
 SPLITS = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval")
 # endings of files that hold rows, but are not read; and what to do
 UNREAD = {
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (UTF-8)"),
+    **dict.fromkeys((".xls", ".ods"), "save the sheet as CSV (UTF-8)"),
     **dict.fromkeys((".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz"), "unpack it, and give the file or folder"),
 }
 TAKEN = f"{', '.join(READERS)}, each also .gz, .zst or .zip"
@@ -109,7 +109,8 @@ def _file(shown: str, path: Path) -> list[File]:
         raise SettingsError(
             f"DATASET_NAME={shown}: there is no such file; give its path, in a container the one it is mounted at"
         )
-    return _members(file) if path.suffix.lower() == ".zip" else [file]
+    found = _members(file) if path.suffix.lower() == ".zip" else [file]
+    return [*map(sheets.chosen, found)]
 
 
 def _members(file: File) -> list[File]:

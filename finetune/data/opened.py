@@ -37,11 +37,12 @@ ENCODINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of rows. shown: its name in messages. member: of a zip; "" for a file that is none."""
+    """A file of rows. shown: its name in messages. member: of a zip; "" for a file that is none. sheet: of an .xlsx file."""
 
     shown: str
     path: Path
     member: str = ""
+    sheet: str = ""
 
     @property
     def kind(self) -> str:

@@ -81,13 +81,16 @@ def _of_files(settings: Settings) -> Source:
     found, wanted = locate.files(settings, notes), formats.wanted(settings)
     for note in notes:
         print(f"data: {note}", flush=True)
+    for file in found:
+        if file.sheet:
+            print(f"data: {file.shown}: the rows are those of the sheet {file.sheet}", flush=True)
 
     def read(number: int, after: int) -> Iterator[Read]:
         return reading.rows(found[number], wanted, after)
 
     return Source(
         commit=None,
-        names=[file.shown for file in found],
+        names=[f"{file.shown} sheet {file.sheet}" if file.sheet else file.shown for file in found],
         content=[(_sum(file), file.kind, file.member) for file in found],
         size=sum(file.path.stat().st_size for file in found),
         read=read,

@@ -1,4 +1,4 @@
-"""Rows of files of text: JSON, JSON lines, CSV, TSV, plain text. Each row has its place, and a bad one is told and not raised."""
+"""Rows of files: JSON, JSON lines, CSV, TSV, plain text, tables. Each row has its place, and a bad one is told and not raised."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
-from finetune.data import opened, tables
+from finetune.data import opened, sheets, tables
 from finetune.data.checks import whole
 from finetune.data.opened import File
 from finetune.errors import SettingsError
@@ -254,8 +254,13 @@ def _arrow(file: File, wanted: set[str], after: int) -> Iterator[Read]:
     return (Read(index, 0, row) for index, row in enumerate(rows, after + 1))
 
 
+def _xlsx(file: File, _: set[str], after: int) -> Iterator[Read]:
+    for index, (line, row) in _from(after, sheets.rows(file, named_once)):
+        yield Read(index, line, Unread(row) if isinstance(row, str) else row)
+
+
 READERS: dict[str, Reader] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet, ".arrow": _arrow,
-    ".txt": _text,
+    ".txt": _text, sheets.KIND: _xlsx,
 }  # fmt: skip
 BINARY = (_parquet, _arrow)

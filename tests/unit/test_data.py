@@ -189,9 +189,9 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, why: str) -> N
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such file"):
         loaded(tmp_path / "absent.jsonl")
-    (tmp_path / "rows.xlsx").write_text("")
+    (tmp_path / "rows.xls").write_text("")
     with pytest.raises(SettingsError, match="not a known kind"):
-        loaded(tmp_path / "rows.xlsx")
+        loaded(tmp_path / "rows.xls")
 
 
 def test_one_bos_one_eos_that_is_trained_on(tmp_path: Path, words: Any) -> None:

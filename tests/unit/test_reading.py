@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import gzip
 import json
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import openpyxl
 import pyarrow
 import pytest
 from pyarrow import feather, parquet
@@ -21,7 +23,7 @@ from finetune.settings import Settings
 
 ROWS = [{"question": f'{i}: "quoted", 发热\nsecond line', "answer": f"b{i}"} for i in range(5)]
 COLUMNS = {"PROMPT_COLUMNS": "question", "COMPLETION_COLUMNS": "answer", "PROMPT_TEMPLATE": "two.txt", "EVAL_ROWS": "0"}
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,12 @@ def written(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
         parquet.write_table(table, path)
     elif suffix == ".arrow":
         feather.write_feather(table, path, compression="uncompressed")
+    elif suffix == ".xlsx":
+        book = openpyxl.Workbook()
+        book.create_sheet("notes").append(["one line is no row"])
+        for line in [[*rows[0]], *([*row.values()] for row in rows)]:
+            book.active.append(line)
+        book.save(path)
     return path
 
 
@@ -78,6 +86,40 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, suffi
     found = loaded(packed(path, suffix) if suffix else path)
     assert [*found.rows] == ROWS and found.format == "columns"
     assert found.sha256 == "378ec313406a236da7ca4c1dc7cc09611e032cd0380647d0eadd657bf211c990"
+
+
+def test_cells_of_a_sheet_are_what_csv_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers, dates, truth and empty cells are text; a line without a value is no row; a place is a sheet and a line."""
+    lines = [
+        [3, 2.5], [2.0, True], [datetime.date(2026, 1, 31), datetime.datetime(2026, 1, 31, 9, 5)], [None, None],
+        ["a", "b", "c"], ["=1+1", "no value"], ["", "x"], [None, "y"], ["é\u3000", "发热\nsecond"],
+    ]  # fmt: skip
+    book = openpyxl.Workbook()
+    book.active.title = "Fragen"
+    for line in [["question", "answer"], *lines]:
+        book.active.append(line)
+    book.save(tmp_path / "rows.xlsx")
+    with pytest.raises(SettingsError) as refused:
+        loaded(tmp_path / "rows.xlsx")
+    told = str(refused.value)
+    assert "rows.xlsx sheet Fragen row 4 (line 6): has more cells" in told
+    assert "row 5 (line 7): has a formula without its value in question" in told
+    assert "row 6 (line 8): " in told and "row 7 (line 9): " in told
+    found = loaded(tmp_path / "rows.xlsx", DROP_BAD_ROWS=1)
+    assert "rows.xlsx: the rows are those of the sheet Fragen" in capsys.readouterr().out
+    assert [*found.places][-1].endswith("rows.xlsx sheet Fragen row 8 (line 10)")
+    (tmp_path / "rows.csv").write_text(
+        'question,answer\n3,2.5\n2,TRUE\n2026-01-31,2026-01-31 09:05:00\n,x\n,y\né\u3000,"发热\nsecond"\n',
+        encoding="utf-8",
+    )
+    assert found.sha256 == loaded(tmp_path / "rows.csv", DROP_BAD_ROWS=1).sha256
+    book.copy_worksheet(book.active).title = "more"
+    book.save(tmp_path / "two.xlsx")
+    with pytest.raises(SettingsError, match=r"2 sheets have rows \(Fragen, more\).*save the one as CSV"):
+        loaded(tmp_path / "two.xlsx")
+    (tmp_path / "not.xlsx").write_bytes((tmp_path / "two.xlsx").read_bytes()[:900])
+    with pytest.raises(SettingsError, match=r"not\.xlsx: not a whole \.xlsx file"):
+        loaded(tmp_path / "not.xlsx")
 
 
 def test_many_rows_in_a_list_of_json_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +241,11 @@ def test_a_zip_has_files_of_one_kind(tmp_path: Path) -> None:
         loaded(path)
 
 
-@pytest.mark.parametrize("name", ["rows.xlsx", "rows.7z", "rows.tar.gz", "rows.foo"])
+@pytest.mark.parametrize("name", ["rows.xls", "rows.7z", "rows.tar.gz", "rows.foo"])
 def test_a_file_of_another_kind_is_never_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:  # fmt: skip
     (tmp_path / name).write_text("x")
     monkeypatch.chdir(tmp_path)
-    remedy = {"rows.xlsx": "Save the sheet as CSV", "rows.foo": r"rows\.jsonl"}.get(name, "Unpack it")
+    remedy = {"rows.xls": "Save the sheet as CSV", "rows.foo": r"rows\.jsonl"}.get(name, "Unpack it")
     with pytest.raises(
         SettingsError, match=rf"DATASET_NAME={name}: not a known kind of file; it takes \.jsonl, .*{remedy}"
     ):
@@ -292,7 +334,7 @@ def test_a_folder_with_a_card(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl.gz", "a,b.csv", "x/*.json", "rows.xlsx", "./rows", "samples"])
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "a,b.csv", "x/*.json", "rows.xlsx", "rows.xls", "./rows", "samples"])
 def test_names_that_are_no_names_on_the_hub(name: str) -> None:
     assert not locate.on_hub(name)
     assert locate.on_hub("owner/name")
