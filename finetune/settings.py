@@ -96,6 +96,9 @@ class Settings:
         unless=("dataset_name", "train"),
     )
     dataset_revision: str = setting("main", "Branch, tag or commit of the data set.", example="0123abc")
+    streaming: bool = setting(
+        False, "Read a Hub data set over the network, without keeping its files on the disk.", free=True
+    )
     prompt_columns: tuple[str, ...] = setting(
         ("Question",), "Columns that fill the first {} of the template: what the model is asked."
     )

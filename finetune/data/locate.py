@@ -109,8 +109,7 @@ def _file(shown: str, path: Path) -> list[File]:
         raise SettingsError(
             f"DATASET_NAME={shown}: there is no such file; give its path, in a container the one it is mounted at"
         )
-    found = _members(file) if path.suffix.lower() == ".zip" else [file]
-    return [*map(sheets.chosen, found)]
+    return [*map(sheets.chosen, _members(file) if path.suffix.lower() == ".zip" else [file])]
 
 
 def _members(file: File) -> list[File]:

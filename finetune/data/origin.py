@@ -73,7 +73,11 @@ def of(settings: Settings) -> Source:
     """What DATASET_NAME names. Raises SettingsError where it cannot be."""
     if problem := local.url("DATASET_NAME", settings.dataset_name):
         raise SettingsError(problem)
-    return _of_hub(settings) if locate.on_hub(settings.dataset_name) else _of_files(settings)
+    if not locate.on_hub(settings.dataset_name):
+        if settings.streaming:
+            print(f"data: STREAMING=1 has no effect: {settings.dataset_name} is on this machine", flush=True)
+        return _of_files(settings)
+    return _streamed(settings) if settings.streaming else _of_hub(settings)
 
 
 def _of_files(settings: Settings) -> Source:
@@ -128,6 +132,31 @@ def _of_hub(settings: Settings) -> Source:
         size=int(found.data.nbytes),
         read=read,
         counted=lambda _, most: len(found) if most is None else min(most, len(found)),
+    )
+
+
+def _streamed(settings: Settings) -> Source:
+    """As `_of_hub`, and known as the same rows, but none of its files is on the disk."""
+    name, split, wanted = settings.dataset_name, locate.split_of(settings), formats.wanted(settings)
+    found = sources.hub().stream(settings, split)
+    slices = [settings.dataset_split, *([settings.eval_split] if settings.eval_split != "auto" else [])]
+    if found.total is None and (unknown := next((value for value in slices if re.search(r"%|\[-|:-", value)), None)):
+        variable = "DATASET_SPLIT" if unknown == settings.dataset_split else "EVAL_SPLIT"
+        raise SettingsError(
+            f"{variable}={unknown}: STREAMING=1 needs to know how many rows there are, and the Hub does not say it of {name}; count from "
+            f"the beginning, for example {variable}={split}[0:500], or set STREAMING=0"
+        )
+
+    def read(_: int, after: int) -> Iterator[Read]:
+        return (Read(number, 0, row) for number, row in enumerate(found.rows(after, wanted), after + 1))
+
+    return Source(
+        commit=found.commit,
+        names=[f"{name} {split}"],
+        content=[name, found.commit, settings.dataset_config, split],
+        size=0,  # not known, and not on the disk
+        read=read,
+        counted=lambda _, most: found.count(most),
     )
 
 

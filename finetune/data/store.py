@@ -140,7 +140,8 @@ def room(needed: int, what: str) -> None:
     if free < needed:
         raise MachineError(
             f"{place}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed for {what}. Free some, or point "
-            "HF_DATASETS_CACHE to a larger disk, for example HF_DATASETS_CACHE=/data/cache"
+            "HF_DATASETS_CACHE to a larger disk, for example HF_DATASETS_CACHE=/data/cache. STREAMING=1 keeps no files of a "
+            "Hub data set on the disk"
         )
 
 

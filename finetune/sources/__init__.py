@@ -14,6 +14,8 @@ from finetune.sources.model import Source
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from finetune.sources.stream import Stream
+
 HUBS = {"huggingface": "finetune.sources.huggingface"}
 
 
@@ -37,6 +39,9 @@ class Hub(Protocol):
 
     def dataset(self, settings: Settings, split: str) -> tuple[str | None, Dataset]:
         """All rows of a split of DATASET_NAME, and their commit; None: unknown."""
+
+    def stream(self, settings: Settings, split: str) -> Stream:
+        """As `dataset`, but the rows are read over the network when they are asked for."""
 
 
 def hub() -> Hub:

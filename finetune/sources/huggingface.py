@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 
 from finetune import files
-from finetune.errors import HubError, Refusal, SettingsError, first_line, without_password
+from finetune.errors import HubError, MachineError, Refusal, SettingsError, first_line, without_password
 from finetune.settings import Settings
 from finetune.sources import blobs
 from finetune.sources.client import talk, token
 from finetune.sources.model import Source
 from finetune.sources.quantised import quantised
 from finetune.sources.session import NETWORK, Unreached
+from finetune.sources.stream import Stream
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,12 +184,34 @@ def dataset(settings: Settings, split: str) -> tuple[str | None, Dataset]:
     return (_taken_offline(found, revision, name) if constants.is_offline_mode() else revision), found
 
 
+def stream(settings: Settings, split: str) -> Stream:
+    """As `dataset`, but the rows are read over the network when they are asked for."""
+    import datasets
+
+    name, config = settings.dataset_name, settings.dataset_config
+    if constants.is_offline_mode():
+        raise SettingsError("STREAMING=1 with HF_HUB_OFFLINE: rows are read from the Hub; set STREAMING=0, or unset it")
+    revision = commit("DATASET_NAME", name, settings.dataset_revision, settings)
+    known, wrong = token(settings), functools.partial(_not_rows, settings, revision)
+    load = functools.partial(
+        datasets.load_dataset, name, config, split=split, revision=revision, token=known, streaming=True
+    )
+    found = talk("DATASET_NAME", name, load, revision, wrong)
+    said = (found.info.splits or {}).get(split)
+    return Stream(settings, revision, found, (said.num_examples or None) if said else None, wrong)
+
+
 def _not_rows(settings: Settings, revision: str, error: Exception) -> Refusal:
     """The refusal where `datasets` makes no rows of what the Hub gave."""
     import datasets
     from datasets.table import CastError
 
     name, said = settings.dataset_name, first_line(error)
+    if said.startswith("Not enough disk space"):
+        return MachineError(
+            f"DATASET_NAME={name}: {said}). Free some, point HF_HOME to a larger disk, or set STREAMING=1, which does not "
+            "keep the data set on the disk"
+        )
     if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
         return SettingsError(f"DATASET_CONFIG={settings.dataset_config or ''}: {said}")
     if isinstance(error, ValueError) and "split" in str(error).lower():

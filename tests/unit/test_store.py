@@ -130,8 +130,8 @@ def test_every_setting_that_this_room_reads_is_in_the_key() -> None:
     code = "".join(path.read_text() for path in (ROOT / "finetune" / "data").rglob("*.py"))
     read = set(re.findall(r"settings\.(\w+)", code)) & known
     # model_name is for messages, and the tokenizer itself is in the key; so is the content of what dataset_name and its revision name.
-    # Tokens do not depend on the number of processes, and what is asked after training is not stored.
-    elsewhere = {"model_name", "dataset_name", "dataset_revision", "dataset_num_proc", "eval_questions"}
+    # Tokens do not depend on the number of processes or the way that rows come, and what is asked after training is not stored.
+    elsewhere = {"model_name", "dataset_name", "dataset_revision", "dataset_num_proc", "eval_questions", "streaming"}
     assert read - elsewhere <= {*rows.READING, *rows.TOKENIZING}, "add it to one of them"
 
 
