@@ -52,7 +52,6 @@ CACHES = {
     "UNSLOTH_COMPILE_LOCATION": "finetune/unsloth_compiled_cache",
     "MPLCONFIGDIR": "finetune/matplotlib",
 }
-
 COMPILED = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # programs are loaded from there
 
 
@@ -69,8 +68,7 @@ def dotenv(path: Path) -> dict[str, str]:
         raise SettingsError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
-    # python-dotenv would skip a line that it cannot parse, and the run would take the default
-    # python-dotenv takes a name without = too, and gives it no value
+    # python-dotenv skips what it cannot parse, and gives a name without = no value: the run would take the default
     if odd := [
         str(binding.original.line)
         for binding in bindings

@@ -43,7 +43,7 @@ def too_small(settings: Settings, environ: Mapping[str, str], count: int | None)
         add(Path(settings.output_dir), 2 * count + 2**29)
     if not Path(settings.model_name).expanduser().is_dir():
         cache = _model_cache(settings.model_name, environ)
-        if not any(cache.glob("snapshots/*/*.safetensors")):
+        if not any(file.suffix in (".safetensors", ".bin") for file in cache.glob("snapshots/*/*")):
             add(cache, 2 * count)
     for place, size in need.values():
         free = shutil.disk_usage(place).free
