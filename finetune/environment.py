@@ -19,6 +19,7 @@ ALWAYS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "WANDB_SILENT": "true",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # `data` has no torch on purpose
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizing processes are forked
     "TORCHINDUCTOR_COMPILE_THREADS": "4",  # a layer has some 20 kernels; a process for each core takes 3 s to end, on 16 cores
