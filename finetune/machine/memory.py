@@ -48,7 +48,7 @@ def too_small(settings: Settings, count: int | None, gpu: bool) -> Iterator[str]
         return
     enough = max(2, round(1.5 * needed + 0.5))
     fewer = forecast_gib(settings.replaced(dataset_num_proc=1), count, gpu)
-    ways = [f"use fewer processes that tokenize: DATASET_NUM_PROC=1 (then {fewer:.1f} GiB)"] if fewer < needed else []
+    ways = [f"use fewer processes that tokenize: DATASET_NUM_PROC=1 (then {fewer:.1f} GiB)"] if fewer <= have else []
     if limit is not None:
         where = "this container or job may use"
         ways.append(
