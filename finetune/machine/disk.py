@@ -50,7 +50,7 @@ def too_small(settings: Settings, environ: Mapping[str, str], count: int | None)
         if free < size:
             yield (
                 f"{place}: {free / 1e9:.1f} GB free, about {size / 1e9:.1f} GB needed for the model's 16-bit weights. "
-                "Free some, point OUTPUT_DIR or HF_HOME to a larger disk, or set SAVE_MERGED=0."
+                f"Free some, or point OUTPUT_DIR or HF_HOME to a larger disk{'; SAVE_MERGED=0 needs less' if settings.save_merged else ''}."
             )
 
 
