@@ -74,9 +74,9 @@ def _answer(error: BaseException) -> tuple[httpx.Response, str] | None:
 
 
 def _is_network(error: BaseException) -> bool:
-    """Whether a connection failed, or gave nothing in time."""
+    """Whether a connection failed, or gave nothing in time. Of the client's own errors, two only look like one."""
     return isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError) and not isinstance(
-        error, errors.HfHubHTTPError
+        error, errors.HfHubHTTPError | errors.OfflineModeIsEnabled
     )
 
 
