@@ -31,6 +31,7 @@ OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 TEXTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 EXCLUDED = ["*/*", "consolidated*"]  # other forms of the same weights
 COMMIT = "[0-9a-f]{40}"
+STREAMED = "Or set STREAMING=1: it keeps no files of a Hub data set on the disk"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +71,21 @@ def login(settings: Settings, publishes: bool) -> None:
     reached and nothing is published, the run goes on: what it needs may be in the cache.
     """
     if settings.hf_token is None:
-        return None
+        return
     if constants.is_offline_mode():
         if publishes:
             raise HubError(
                 "HF_HUB_OFFLINE=1: publishing needs the Hub; unset it, or train with PUSH_TO_HUB=0 and `push` later"
             )
         print("Hub: offline, the token is not checked", flush=True)
-        return None
+        return
     try:
         answer = talk("HF_TOKEN", "<SECRET>", HfApi(token=token(settings)).whoami)
     except Unreached as error:
         if publishes:
             raise
-        return print(f"the token is not checked, and the run goes on with what is here: {error}", flush=True)
+        print(f"the token is not checked, and the run goes on with what is here: {error}", flush=True)
+        return
     if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
         raise HubError(f"HF_TOKEN=<SECRET>: the Hub says nothing of an account. {NETWORK}.")
     rights = "read and write" if (writes := may_write(answer)) else "only read"
@@ -180,7 +182,10 @@ def dataset(settings: Settings, split: str) -> tuple[str | None, Dataset]:
     if not constants.is_offline_mode():
         revision = commit("DATASET_NAME", name, revision, settings)
     load = functools.partial(datasets.load_dataset, name, config, split=split, revision=revision, token=known)
-    found = talk("DATASET_NAME", name, load, revision, functools.partial(_not_rows, settings, revision))
+    try:
+        found = talk("DATASET_NAME", name, load, revision, functools.partial(_not_rows, settings, revision))
+    except MachineError as error:
+        raise MachineError(*(f"{problem}. {STREAMED}" if "disk" in problem else problem for problem in error.problems)) from None
     return (_taken_offline(found, revision, name) if constants.is_offline_mode() else revision), found
 
 
@@ -208,10 +213,7 @@ def _not_rows(settings: Settings, revision: str, error: Exception) -> Refusal:
 
     name, said = settings.dataset_name, first_line(error)
     if said.startswith("Not enough disk space"):
-        return MachineError(
-            f"DATASET_NAME={name}: {said}). Free some, point HF_HOME to a larger disk, or set STREAMING=1, which does not "
-            "keep the data set on the disk"
-        )
+        return MachineError(f"DATASET_NAME={name}: {said}). Free some, or point HF_HOME to a larger disk")
     if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
         return SettingsError(f"DATASET_CONFIG={settings.dataset_config or ''}: {said}")
     if isinstance(error, ValueError) and "split" in str(error).lower():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from huggingface_hub import HfFileSystem, close_session, constants
 
 from finetune import data
 from finetune.data import checked, origin, store
-from finetune.errors import HubError, SettingsError
+from finetune.errors import HubError, MachineError, SettingsError
 from finetune.settings import Settings
 from finetune.sources import client, stream
 from hub_server import HubServer
@@ -154,6 +155,30 @@ def test_files_whose_types_differ_are_read_or_refused_as_a_download(hub: HubServ
             return type(error)
 
     assert outcome(1) == outcome(0)
+
+
+def test_a_disk_that_is_too_small_for_a_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` compares what the card says with the disk, where its folder is there already; else the disk gets full."""
+    hub.add("dataset", "org/large", {"rows.jsonl": LINES})
+    loaded("org/large", STREAMING=0)
+    size = b"  download_size: 1000000000000000\n  dataset_size: 1000000000000000\n---\n"
+    hub.add("dataset", "org/large", {"rows.jsonl": LINES, "README.md": CARD + (TOTAL % 3000).removesuffix(b"---\n") + size})
+    with pytest.raises(MachineError, match=r"Not enough disk space. Needed: .*STREAMING=1"):
+        loaded("org/large", STREAMING=0)
+    assert len(loaded("org/large", DATASET_SPLIT="train[0:3]").rows) == 3
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x.arrow")
+
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", full)
+    with pytest.raises(MachineError, match=r"disk is full.*STREAMING=1"):
+        loaded("org/rows", STREAMING=0, DATASET_SPLIT="train[0:7]")
+
+
+def test_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SettingsError, match="STREAMING=1 with HF_HUB_OFFLINE"):
+        loaded("org/told")
 
 
 def test_rows_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
