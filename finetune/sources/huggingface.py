@@ -185,7 +185,9 @@ def dataset(settings: Settings, split: str) -> tuple[str | None, Dataset]:
     try:
         found = talk("DATASET_NAME", name, load, revision, functools.partial(_not_rows, settings, revision))
     except MachineError as error:
-        raise MachineError(*(f"{problem}. {STREAMED}" if "disk" in problem else problem for problem in error.problems)) from None
+        raise MachineError(
+            *(f"{problem}. {STREAMED}" if "disk" in problem else problem for problem in error.problems)
+        ) from None
     return (_taken_offline(found, revision, name) if constants.is_offline_mode() else revision), found
 
 

@@ -158,21 +158,23 @@ def test_files_whose_types_differ_are_read_or_refused_as_a_download(hub: HubServ
 
 
 def test_a_disk_that_is_too_small_for_a_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` compares what the card says with the disk, where its folder is there already; else the disk gets full."""
-    hub.add("dataset", "org/large", {"rows.jsonl": LINES})
-    loaded("org/large", STREAMING=0)
-    size = b"  download_size: 1000000000000000\n  dataset_size: 1000000000000000\n---\n"
-    hub.add("dataset", "org/large", {"rows.jsonl": LINES, "README.md": CARD + (TOTAL % 3000).removesuffix(b"---\n") + size})
-    with pytest.raises(MachineError, match=r"Not enough disk space. Needed: .*STREAMING=1"):
-        loaded("org/large", STREAMING=0)
-    assert len(loaded("org/large", DATASET_SPLIT="train[0:3]").rows) == 3
+    """The disk gets full, or `datasets` sees before that it will."""
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "x.arrow")
 
-    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", full)
-    with pytest.raises(MachineError, match=r"disk is full.*STREAMING=1"):
-        loaded("org/rows", STREAMING=0, DATASET_SPLIT="train[0:7]")
+    def foreseen(*_: Any, **__: Any) -> None:
+        raise OSError("Not enough disk space. Needed: 1.00 TiB (download: 1.00 TiB, generated: 1.00 TiB")
+
+    places = (
+        (datasets.arrow_writer.ArrowWriter, "write_table", full, "disk is full"),
+        (datasets.DatasetBuilder, "download_and_prepare", foreseen, "Not enough disk space. Needed: 1.00 TiB"),
+    )
+    for owner, name, fault, said in places:
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fault)
+            with pytest.raises(MachineError, match=rf"{said}.*STREAMING=1"):
+                loaded("org/rows", STREAMING=0, DATASET_SPLIT="train[0:7]")
 
 
 def test_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
