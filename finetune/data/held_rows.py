@@ -81,7 +81,7 @@ def held_elsewhere(settings: Settings) -> Held:
                 f"DATASET_SPLIT={there.dataset_split}: {there.dataset_name} holds no rows there; name others, for example "
                 "DATASET_SPLIT=train[500:564]"
             )
-    return _told(there.dataset_name, source, _checked(found, source, True, settings))
+        return _told(there.dataset_name, source, _checked(found, source, True, there))
 
 
 def _checked(found: list[Placed], source: Source, strict: bool, settings: Settings) -> dict[str, Any]:

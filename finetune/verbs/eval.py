@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from finetune import console, data, files
-from finetune.data import held_out
+from finetune.data import held_tokens, tokens
 from finetune.data.held_out import HeldOut
+from finetune.data.near_duplicates import near_duplicates
 from finetune.engines import precision, refusals
 from finetune.errors import MachineError, SettingsError
 from finetune.inference import load
@@ -95,15 +96,10 @@ def _rows(found: Trained) -> HeldOut:
 
 
 def _alone(settings: Settings, tokenizer: Any, day: datetime.date) -> HeldOut:
-    """The rows of EVAL_DATASET_NAME, compared with none."""
-    there = held_out.measured(settings)
-    loaded = data.load(there)
-    tokens = data.tokenize(loaded, tokenizer, there, day)
-    rows = [tokens.dataset[index] for index in range(min(settings.eval_rows, len(tokens.dataset)))]
-    return HeldOut(
-        name=loaded.name, rows=rows, places=[f"{loaded.name}, good row {number}" for number in range(1, len(rows) + 1)], questions=[],
-        truncated=tokens.truncated, dropped=loaded.dropped + tokens.dropped, duplicates=0, sha256=tokens.sha256,
-    )  # fmt: skip
+    """The rows of EVAL_DATASET_NAME, compared only with each other."""
+    held = data.held_rows.held_elsewhere(settings)
+    encoder = tokens.encoder(held.format, tokenizer, settings, day)
+    return held_tokens.encoded(held, encoder, lambda rows: near_duplicates(rows, (), 0), settings)
 
 
 def _measurings(found: Trained, rows: HeldOut) -> Iterator[tuple[str, Evaluation]]:

@@ -106,6 +106,17 @@ def test_spans_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
             assert labels[offsets[index] : offsets[index + 1]].tolist() == wanted["labels"]
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100)])
+@pytest.mark.parametrize("name", ["rows-*/00000.arrow", "tokens-*/00000.arrow", "tokens-*/lengths.npy"])
+def test_a_store_that_is_no_longer_whole_is_made_anew(tmp_path: Path, words: Path, name: str, damage: Any) -> None:
+    _, first = tokens(made(tmp_path / "rows.jsonl", 5), words)
+    record, rows = first.record(), list(first.dataset)
+    damage(next(store.cache().glob(name)))
+    (store.cache() / "a-file-of-somebody").touch()
+    _, again = tokens(tmp_path / "rows.jsonl", words)
+    assert again.record() == record and list(again.dataset) == rows
+
+
 def test_a_second_start_reads_and_tokenizes_nothing(tmp_path: Path, words: Path, monkeypatch: Any) -> None:
     path, done = made(tmp_path / "rows.jsonl", 50), counted(monkeypatch)
     _, first = tokens(path, words)
