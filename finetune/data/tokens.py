@@ -90,8 +90,7 @@ class Tokens:
 
     def first(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The first row as it is trained, with the trained part marked."""
-        row = self.dataset[0]
-        return shown.row(tokenizer, row["input_ids"], row["labels"])
+        return shown.row(tokenizer, **self.dataset[0])
 
     def describe(self, dropped: int) -> str:
         """Lines for the console. dropped: rows that were left out before."""

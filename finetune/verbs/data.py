@@ -38,7 +38,7 @@ def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
         lines += ["", f"{title}:", *(f"  {line}" for line in inside)]
     lines += ["", f"Rows as they are trained (the loss is on what stands between {shown.OPEN} and {shown.CLOSE}):"]
     for place, text in found.examples:
-        lines += [f"  {place}", *(f"  | {line}" for line in text.splitlines()), ""]
+        lines += [f"  {place}", shown.lines(text), ""]
     print(*lines, sep="\n", flush=True)
     path = Path(settings.output_dir) / PAGE
     files.write_text(path, page(settings.dataset_name, about, parts, found.examples))

@@ -16,7 +16,6 @@ from finetune.data.held_out import HeldOut
 from finetune.data.near_duplicates import near_duplicates
 from finetune.engines import precision, refusals
 from finetune.errors import MachineError, SettingsError
-from finetune.inference import load
 from finetune.machine import disk
 from finetune.run import evaluation, folder, trained
 from finetune.run.trained import Trained
@@ -105,8 +104,7 @@ def _alone(settings: Settings, tokenizer: Any, day: datetime.date) -> HeldOut:
 def _measurings(found: Trained, rows: HeldOut) -> Iterator[tuple[str, Evaluation]]:
     """What measures base, adapter and merged weights, each loaded when its turn comes."""
     if found.base:
-        folder.verify(found.output, "adapter/")  # a flipped bit would be measured; the base has been hashed already
-        model, tokenizer = load.load(found.output / "adapter", found.base, found.settings)
+        model, tokenizer = trained.load(found, "adapter")
         measuring = _measuring(model, tokenizer, rows, found.settings)
         with model.disable_adapter():
             yield "base", measuring
@@ -119,9 +117,7 @@ def _measurings(found: Trained, rows: HeldOut) -> Iterator[tuple[str, Evaluation
     elif found.why_not:
         print(f"only the merged weights are measured: {found.why_not}", flush=True)
     if found.merged:
-        folder.verify(found.output, "merged/")
-        model, tokenizer = load.load(found.output / "merged", None, found.settings)
-        yield "merged", _measuring(model, tokenizer, rows, found.settings)
+        yield "merged", _measuring(*trained.load(found, "merged"), rows, found.settings)
 
 
 def _measuring(model: Any, tokenizer: Any, rows: HeldOut, settings: Settings) -> Evaluation:

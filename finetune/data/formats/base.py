@@ -7,6 +7,8 @@ import datetime
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from finetune.data import checks
+from finetune.errors import first_line
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -114,6 +116,23 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def any_of(texts: list[str]) -> re.Pattern[str]:
     """A pattern that finds each of the texts; if two match at one place, the first in the list. Without texts it finds nothing."""
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def parsed(value: Any, what: str) -> Any:
+    """As `checks.parsed`. what: the value in words, with is or are. Raises BadRow."""
+    try:
+        return checks.parsed(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{what} not JSON ({first_line(error)})") from None
+
+
+def said_text(value: Any, where: str, said: set[str]) -> str:
+    """The text that is trained for a value. said: gets the flag of one that is no text. Raises BadRow."""
+    if wrong := checks.bad_text(value):
+        raise BadRow(f"{where} {wrong}")
+    if checks.is_bare(value):
+        said.add("as_json")
+    return checks.text(value)
 
 
 def short(text: str) -> str:
