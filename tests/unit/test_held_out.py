@@ -235,6 +235,12 @@ def test_what_needs_measurements_says_so(name: str) -> None:
     settings(**{name: 1}, EVAL_STEPS=2)
 
 
+def test_a_threshold_without_patience_would_have_no_effect() -> None:
+    with pytest.raises(SettingsError, match=r"EARLY_STOPPING_THRESHOLD=0\.1: counts only with EARLY_STOPPING_PATIENCE"):
+        settings(EARLY_STOPPING_THRESHOLD="0.1")
+    settings(EARLY_STOPPING_THRESHOLD="0.1", EARLY_STOPPING_PATIENCE=3, EVAL_STEPS=20)
+
+
 def test_the_hub_is_asked_for_held_out_rows_too(tmp_path: Path) -> None:
     here = dict(MODEL_NAME=str(tmp_path), DATASET_NAME="samples", DATASET_CONFIG="en")
     assert not inputs.from_hub(settings(**here)) and not inputs.from_hub(settings(**here, EVAL_DATASET_NAME="a.jsonl"))

@@ -135,7 +135,7 @@ def said_text(value: Any, where: str, said: set[str]) -> str:
     return checks.text(value)
 
 
-def short(text: str) -> str:
+def short(text: str, most: int = 60) -> str:
     """The beginning of a text, on one line."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= 60 else flat[:60] + " …"
+    return flat if len(flat) <= most else flat[:most] + " …"
