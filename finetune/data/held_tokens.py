@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -59,9 +60,11 @@ def known(held: list[list[int]], trained: TokenRows, common: int, folder: Path) 
     name = hashlib.sha256(json.dumps([held, common]).encode()).hexdigest()
     file = folder / f"near-duplicates-{name[:32]}.json"
     with store.locked(folder):
-        if not file.is_file():
-            files.write_json(file, near_duplicates(held, trained.blocks(), common))
-        found: list[bool] = json.loads(file.read_bytes())
+        if file.is_file():
+            return list(json.loads(file.read_bytes()))
+        found = near_duplicates(held, trained.blocks(), common)
+        with contextlib.suppress(PermissionError):  # another user's, who shares the cache
+            files.write_json(file, found)
     return found
 
 

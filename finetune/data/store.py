@@ -132,7 +132,8 @@ def opened(kind: str, key: Mapping[str, Any]) -> Iterator[Store]:
         for partial in folder.glob("*.partial"):
             files.remove(partial, ignore_errors=True)
         shards = done["shards"] if done else _whole(folder)
-        os.utime(folder)  # used now
+        with contextlib.suppress(PermissionError):  # another user's, who shares the cache
+            os.utime(folder)  # used now
         yield Store(folder, done, shards, read_object(_state(folder, shards - 1)))
 
 

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,27 @@ def test_two_at_once_do_no_harm(tmp_path: Path, words: Path) -> None:
     assert [process.returncode for process in both] == [0, 0], said
     assert len({out.splitlines()[-1] for out, _ in said}) == 1
     assert len(list(store.cache().glob("tokens-*/0*.arrow"))) == 6
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_store_of_another_user_is_read(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o755)
+        monkeypatch.setenv("HF_DATASETS_CACHE", name)
+        given = {"DATASET_SPLIT": "train[:20]", "EVAL_ROWS": 20}
+        path, own = made(place / "rows.jsonl", 40), shutil.copytree(words, place / "words")
+        for file in (own, *own.iterdir()):
+            file.chmod(0o755)
+        _, first = tokens(path, own, **given)
+        next(store.cache().glob("tokens-*/near-*")).unlink()
+        os.seteuid(65534)
+        try:
+            _, again = tokens(path, own, **given)
+        finally:
+            os.seteuid(0)
+        assert again.record() == first.record() and again.held_out == first.held_out
+        assert not list(store.cache().glob("tokens-*/near-*"))
 
 
 def test_bad_rows_leave_no_store(tmp_path: Path, words: Path) -> None:
