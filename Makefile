@@ -62,7 +62,7 @@ lock-inputs: main ## write the commits that MODEL_REVISION and DATASET_REVISION 
 	@$(PYTHON_RUN) entrypoint.py lock-inputs
 
 test: dev ## unit and end-to-end tests (ARGS goes to pytest: make test ARGS="-k merge")
-	@$(PYTHON_RUN) -m pytest tests/unit tests/e2e $(ARGS)
+	@$(PYTHON_RUN) -m pytest tests/unit tests/e2e --numprocesses auto --dist loadfile $(ARGS)
 
 test-gpu: dev ## the tests that need a CUDA GPU, within 10 minutes; where there is none, this fails
 	@$(PYTHON_RUN) -m pytest tests/gpu $(ARGS)

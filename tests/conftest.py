@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would be in all that tests start
 # a free-running test: short rows of the bundled data, three updates, nothing asked
 QUICK = {
     "DATASET_NAME": "samples", "DATASET_CONFIG": "en", "MAX_STEPS": "3", "PER_DEVICE_TRAIN_BATCH_SIZE": "1",

@@ -76,9 +76,10 @@ class File:
     def _stream(self, closing: contextlib.ExitStack) -> IO[bytes]:
         suffix = self.path.suffix.lower()
         if suffix == ".gz":
-            return cast("IO[bytes]", gzip.open(self.path))
+            return cast("IO[bytes]", gzip.open(self.path, "rb"))
         if suffix == ".zip":
-            return closing.enter_context(zipfile.ZipFile(self.path)).open(self.member)
+            archive = closing.enter_context(zipfile.ZipFile(self.path))
+            return archive.open(self.member)
         if suffix == ".zst":
             import pyarrow
 

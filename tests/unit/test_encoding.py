@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 SOURCES = sorted(path for folder in ("finetune", "scripts", "docker") for path in (ROOT / folder).rglob("*.py"))
-MODULES = {"os", "tarfile", "files", "choice"}  # whose functions of these names are others
+MODULES = {"os", "tarfile", "files", "choice", "archive"}  # whose functions of these names are others
 
 
 def without_encoding(source: str) -> Iterator[int]:
