@@ -29,8 +29,8 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
         return 0
     if verb not in table.VERBS:
         return execute(argv, environ)
-    signals.listen()
     console.guard()
+    signals.listen()
     known: list[str] = []  # secrets, to be kept out of a traceback
     try:
         run(table.parse(argv), environ, known)

@@ -136,11 +136,18 @@ class Plain:
 
 
 def guard() -> None:
-    """From now on nothing that is printed can upset the terminal, whatever letters it knows."""
+    """From now on nothing that is printed can upset the terminal, whatever letters it knows, or end the run where there is none."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if (
+            getattr(sys, name) is None
+        ):  # closed (>&-): the next file that is opened would get its number, and what libraries print
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no such letters is no reason to stop
-    if sys.stdout is not None and not isinstance(sys.stdout, Plain):
+    if not isinstance(sys.stdout, Plain):
         sys.stdout = Plain(sys.stdout)  # tqdm's bars, on stderr, do move the cursor
 
 
@@ -164,7 +171,7 @@ def leave(problems: Sequence[str], lost: bool) -> None:
         )
     try:
         sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         lost = True
     if lost:
         with contextlib.suppress(OSError, ValueError):

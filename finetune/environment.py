@@ -19,6 +19,7 @@ ALWAYS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "WANDB_SILENT": "true",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # `data` has no torch on purpose
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizing processes are forked
     "TORCHINDUCTOR_COMPILE_THREADS": "4",  # a layer has some 20 kernels; a process for each core takes 3 s to end, on 16 cores
@@ -52,7 +53,6 @@ CACHES = {
     "UNSLOTH_COMPILE_LOCATION": "finetune/unsloth_compiled_cache",
     "MPLCONFIGDIR": "finetune/matplotlib",
 }
-
 COMPILED = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # programs are loaded from there
 
 
@@ -69,8 +69,7 @@ def dotenv(path: Path) -> dict[str, str]:
         raise SettingsError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
-    # python-dotenv would skip a line that it cannot parse, and the run would take the default
-    # python-dotenv takes a name without = too, and gives it no value
+    # python-dotenv skips what it cannot parse, and gives a name without = no value: the run would take the default
     if odd := [
         str(binding.original.line)
         for binding in bindings

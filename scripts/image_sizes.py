@@ -1,4 +1,4 @@
-"""What the image weighs, part by part: measured into benchmarks/image-size/, and from there the table in README.md.
+"""What the image weighs, part by part: measured into benchmarks/image-size/, and from there the table in docs/image.md.
 
     python scripts/image_sizes.py IMAGE…      measure, one file for each CUDA version, and write the table
     python scripts/image_sizes.py             write the table alone
@@ -25,6 +25,7 @@ import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks/image-size"
+PAGE = ROOT / "docs/image.md"
 BEGIN, END = "<!-- image sizes: scripts/image_sizes.py -->", "<!-- end of image sizes -->"
 SMALL = 100e6  # bytes: a part smaller than this in every image goes into the line of its kind
 
@@ -117,7 +118,7 @@ def main(images: list[str]) -> None:
     for image in images:
         figure = measure(image, os.environ.get("DOCKER", "docker"))
         (FIGURES / f"cuda{figure['cuda']}.json").write_text(json.dumps(figure, indent=1) + "\n", encoding="utf-8")
-    readme.put(BEGIN, END, f"{table(figures())}\n")
+    readme.put(BEGIN, END, f"{table(figures())}\n", PAGE)
 
 
 def figures() -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ LIBRARY = "libcuda.so.1"
 PATIENCE = 60.0  # seconds; a box of eight GPUs whose driver has to be loaded first takes about 10
 SLOW = -1  # as a code: no answer within PATIENCE
 ABSENT = -2  # there is no library
-NO_DEVICE = 100
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, <cuda.h>
 
 

@@ -43,14 +43,14 @@ def too_small(settings: Settings, environ: Mapping[str, str], count: int | None)
         add(Path(settings.output_dir), 2 * count + 2**29)
     if not Path(settings.model_name).expanduser().is_dir():
         cache = _model_cache(settings.model_name, environ)
-        if not any(cache.glob("snapshots/*/*.safetensors")):
+        if not any(file.suffix in (".safetensors", ".bin") for file in cache.glob("snapshots/*/*")):
             add(cache, 2 * count)
     for place, size in need.values():
         free = shutil.disk_usage(place).free
         if free < size:
             yield (
                 f"{place}: {free / 1e9:.1f} GB free, about {size / 1e9:.1f} GB needed for the model's 16-bit weights. "
-                "Free some, point OUTPUT_DIR or HF_HOME to a larger disk, or set SAVE_MERGED=0."
+                f"Free some, or point OUTPUT_DIR or HF_HOME to a larger disk{'; SAVE_MERGED=0 needs less' if settings.save_merged else ''}."
             )
 
 

@@ -12,7 +12,7 @@ from finetune.errors import SettingsError
 
 SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PET_NNODES")
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-OTHERS = {
+OTHERS = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "ROLE_RANK",
@@ -20,7 +20,7 @@ OTHERS = {
     "ROLE_NAME",
     "GROUP_WORLD_SIZE",
     "FORK_LAUNCHED",
-}
+)
 BEGINNINGS = (
     *("ACCELERATE_", "TORCHELASTIC_", "PET_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "SMDATAPARALLEL_"),
     *("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "SM_FRAMEWORK_PARAMS", "SM_HP_MP_PARAMETERS"),
@@ -43,7 +43,7 @@ def alone(layered: Mapping[str, str], process: MutableMapping[str, str]) -> dict
 
 
 def _of_launcher(name: str) -> bool:
-    return name in {*SIZES, *RANKS} | OTHERS or name.startswith(BEGINNINGS)
+    return name in (*SIZES, *RANKS, *OTHERS) or name.startswith(BEGINNINGS)
 
 
 def _several(layered: Mapping[str, str]) -> Iterator[str]:

@@ -43,8 +43,10 @@ def available_gib() -> float:
 
 def forecast_gib(settings: Settings, count: int | None, gpu: bool) -> float:
     """The least of the host's memory that a run takes. count: the model's parameters, None: unknown."""
-    weights = 0 if gpu else (2 if settings.dtype in ("bfloat16", "float16") else 4) * (count or 0)
-    return LIBRARIES + ON_A_GPU * gpu + max(weights / 2**30, TOKENIZING * (settings.dataset_num_proc - 1))
+    # layers are packed one after the other: a model of 478M in NF4, its embeddings in float32, took 0.5 GiB at most
+    each = 0.5 if settings.load_in_4bit else 2 if settings.dtype in ("bfloat16", "float16") else 4
+    weights = 0 if gpu else each * (count or 0) / 2**30
+    return LIBRARIES + ON_A_GPU * gpu + max(weights, TOKENIZING * (settings.dataset_num_proc - 1))
 
 
 def too_small(settings: Settings, count: int | None, gpu: bool) -> Iterator[str]:
@@ -55,7 +57,7 @@ def too_small(settings: Settings, count: int | None, gpu: bool) -> Iterator[str]
         return
     enough = max(2, round(1.5 * needed + 0.5))
     fewer = forecast_gib(settings.replaced(dataset_num_proc=1), count, gpu)
-    ways = [f"use fewer processes that tokenize: DATASET_NUM_PROC=1 (then {fewer:.1f} GiB)"] if fewer < needed else []
+    ways = [f"use fewer processes that tokenize: DATASET_NUM_PROC=1 (then {fewer:.1f} GiB)"] if fewer <= have else []
     if limit is not None:
         where = "this container or job may use"
         ways.append(

@@ -124,7 +124,6 @@ def compiler(visible: list[Gpu], environ: Mapping[str, str]) -> Iterator[str]:
             f"{header} is missing, and GPU kernels are compiled with it. Install it (apt-get install python3-dev), or "
             "use a Python that has it: `make train PYTHON=…`, or one that uv brings."
         )
-
     for name in COMPILED:
         if (place := environ.get(name)) and not files.runs_programs(Path(place)):
             yield (

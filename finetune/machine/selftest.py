@@ -197,8 +197,9 @@ def _in_child(module: str, names: tuple[str, ...], environ: Mapping[str, str]) -
                 line = child.stdout.readline()
                 timer.cancel()
                 if not line:
-                    why = f"no end within {PATIENCE} s" if child.wait() == -signal.SIGKILL else _last_words(errors)
-                    yield Result(name, False, why, time.perf_counter() - began)
+                    code, seconds = child.wait(), time.perf_counter() - began
+                    late = code == -signal.SIGKILL and seconds >= PATIENCE
+                    yield Result(name, False, f"no end within {PATIENCE} s" if late else _end(code, errors), seconds)
                     return
                 yield Result(**json.loads(line))
                 began = time.perf_counter()
@@ -207,10 +208,14 @@ def _in_child(module: str, names: tuple[str, ...], environ: Mapping[str, str]) -
             child.wait()
 
 
-def _last_words(errors: IO[bytes]) -> str:
+def _end(code: int, errors: IO[bytes]) -> str:
+    """Why a process ended in the middle of a test: its last words, or the signal."""
+    if code == -signal.SIGKILL:
+        return "the process was killed, most often because the host has too little memory: end other programs, or raise the limit"
     errors.seek(0)
     lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
-    return f"the process ended: {lines[-1][:300]}" if lines else "the process ended without a word"
+    last = lines[-1][:300] if lines else signal.strsignal(-code) if code < 0 else "without a word"
+    return f"the process ended: {last}"
 
 
 def told(words: str) -> str:

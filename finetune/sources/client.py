@@ -35,9 +35,9 @@ def talk(
 ) -> T:
     """What `call` gives, which asks the Hub. It is repeated once where the fault may pass, so it has to be repeatable.
 
-    name: the variable's value, as it may be shown. otherwise: what to raise for a fault that is not known to be of Hub, network
-    or machine. Raises SettingsError, HubError or MachineError that names variable and way
-    out for all that the client raises. What our own code raises in `call` goes through: it is a bug.
+    name: the variable's value, as it may be shown. otherwise: what to raise for a fault that is not known to be of Hub,
+    network or machine. Raises SettingsError, HubError or MachineError that names variable and way out for all that the
+    client raises. What our own code raises in `call` goes through: it is a bug.
     """
     _check_proxies()
     for pause in (*PAUSES, None):
@@ -74,9 +74,9 @@ def _answer(error: BaseException) -> tuple[httpx.Response, str] | None:
 
 
 def _is_network(error: BaseException) -> bool:
-    """Whether a connection failed, or gave nothing in time."""
+    """Whether a connection failed, or gave nothing in time. Of the client's own errors, two only look like one."""
     return isinstance(error, httpx.HTTPError | ConnectionError | TimeoutError) and not isinstance(
-        error, errors.HfHubHTTPError
+        error, errors.HfHubHTTPError | errors.OfflineModeIsEnabled
     )
 
 

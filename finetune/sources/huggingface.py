@@ -69,20 +69,21 @@ def login(settings: Settings, publishes: bool) -> None:
     reached and nothing is published, the run goes on: what it needs may be in the cache.
     """
     if settings.hf_token is None:
-        return None
+        return
     if constants.is_offline_mode():
         if publishes:
             raise HubError(
                 "HF_HUB_OFFLINE=1: publishing needs the Hub; unset it, or train with PUSH_TO_HUB=0 and `push` later"
             )
         print("Hub: offline, the token is not checked", flush=True)
-        return None
+        return
     try:
         answer = talk("HF_TOKEN", "<SECRET>", HfApi(token=token(settings)).whoami)
     except Unreached as error:
         if publishes:
             raise
-        return print(f"the token is not checked, and the run goes on with what is here: {error}", flush=True)
+        print(f"the token is not checked, and the run goes on with what is here: {error}", flush=True)
+        return
     if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
         raise HubError(f"HF_TOKEN=<SECRET>: the Hub says nothing of an account. {NETWORK}.")
     rights = "read and write" if (writes := may_write(answer)) else "only read"

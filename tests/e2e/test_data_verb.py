@@ -37,6 +37,7 @@ def test_rows_are_shown_and_no_weights_are_asked_for(llama: Path, tmp_path: Path
         line.rpartition("|")[2].strip() for line in answer.stderr.splitlines() if line.startswith("import time:")
     }
     assert "transformers" in imported and not {name for name in imported if name.split(".")[0] == "torch"}
+    assert "PyTorch" not in answer.stderr
     said = answer.stdout
     assert "data: 9 rows, " in said and "2 truncated" in said
     assert "2 of 9 rows lose their ends at MAX_SEQ_LENGTH=128, first " in said and "row 8 (line 8)" in said

@@ -22,6 +22,7 @@ from huggingface_hub.utils import _http, close_session
 import entrypoint
 from conftest import QUICK, environment
 from finetune import files
+from finetune.errors import HubError
 from finetune.settings import Settings
 from finetune.sources import client, huggingface, session
 from hub_server import PORTAL, HubServer
@@ -266,3 +267,12 @@ def test_a_bug_of_ours_is_none_of_the_hubs() -> None:
     """What our own code raises behind the border goes through as it is."""
     with pytest.raises(AttributeError):
         client.talk("MODEL_NAME", "org/tiny", lambda: huggingface.may_write({"auth": "no object"}))
+
+
+def test_offline_no_connection_breaks_off(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, and it is not in the cache"):
+        huggingface.fetch(Settings.from_env({"MODEL_NAME": "org/tiny"}))
+    assert not hub.requests and not capsys.readouterr().out

@@ -35,6 +35,13 @@ def test_variables_of_python(llama: Path, tmp_path: Path) -> None:
     assert code == 0 and "verified" in said, said
 
 
+@pytest.mark.parametrize("numbers", [(1,), (2,), (0, 1, 2)])
+def test_a_closed_output(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    code, said = call("check", ENGINE="transformers", OUTPUT_DIR=tmp_path, before=lambda: [*map(os.close, numbers)])
+    assert code == 0 and ("all good" in said) == (1 not in numbers), said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()

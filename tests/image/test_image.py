@@ -164,14 +164,14 @@ def test_studio_and_its_command_are_left_out(image: Image) -> None:
     assert image.run("sh", "-c", "command -v unsloth").returncode != 0
 
 
-def test_the_readme_says_how_much_of_unsloth_is_agpl(image: Image) -> None:
+def test_a_page_says_how_much_of_unsloth_is_agpl(image: Image) -> None:
     count = "; ".join(
         f"grep -rlE 'AGPL|Affero' {p} --include=*.py | wc -l; find {p} -name '*.py' | wc -l"
         for p in ("unsloth", "unsloth_zoo")
     )
     here = image.run("sh", "-c", f"cd /opt/venv/lib/python3*/site-packages; {count}").stdout.split()
     said = re.search(
-        r"(\d+) of (\d+) and (\d+) of (\d+) of their Python files name the AGPL", (ROOT / "README.md").read_text()
+        r"(\d+) of (\d+) and (\d+) of (\d+) of their Python files name the AGPL", (ROOT / "docs/image.md").read_text()
     )
     assert said is not None and list(said.groups()) == here
 

@@ -67,6 +67,8 @@ def test_every_file_that_a_document_names_is_there(page: Path) -> None:
     for name in sorted(named(page.read_text(encoding="utf-8"))):
         found = any((place / name).exists() for place in places) if "/" in name else name in there
         assert found, f"{page.relative_to(ROOT)}: names {name}, which is not there"
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: links to {link}, which is not there"
 
 
 @pytest.mark.parametrize("path", COMMENTED, ids=lambda path: str(path.relative_to(ROOT)))

@@ -193,7 +193,7 @@ def test_a_verb_is_named_once(tmp_path: Path) -> None:
             assert re.search(rule, makefile, re.MULTILINE), target
     classes = {c.code for c in Refusal.__subclasses__()} | {0}
     assert {int(code) for code in table.EXIT_CODES if code.isdigit() and int(code) < 128} == classes
-    listed = readme[readme.index("Exit codes: ") :].partition("\n`docker")[0].replace("\n", " ")
+    listed = readme[readme.index("Exit codes: ") :].partition("\n\n")[0].replace("\n", " ")
     chinese = (ROOT / "README.zh-CN.md").read_text().partition("退出码：")[2].partition("\n\n")[0]
     for code, meaning in table.EXIT_CODES.items():
         assert f"{code} {meaning}" in listed.replace(" (everything stays on disk)", "")

@@ -166,10 +166,16 @@ def test_too_little_memory_and_too_few_processes_are_refused_with_the_number(
     monkeypatch.setattr(limits, "memory", lambda: 700 * 2**20)
     monkeypatch.setattr(limits, "pids", lambda: 10)
     with pytest.raises(MachineError) as caught:
-        preflight.check(settings, [], {}, 100_000_000)
+        preflight.check(settings.replaced(load_in_4bit=False), [], {}, 100_000_000)
     assert all(
         text in str(caught.value) for text in ("at least 1.1 GiB", "0.7 GiB", "137", "--memory 2g", "--pids-limit")
     )
+    (little,) = memory.too_small(
+        settings, None, False
+    )  # with one process it needs 0.7 GiB, which is still more than 700 MiB
+    assert "at least 0.9 GiB" in little and "DATASET_NUM_PROC" not in little
+    # 8B in 4 bits are 3.7 GiB, and not the 30 of float32
+    assert memory.forecast_gib(settings, 8 * 10**9, False) == pytest.approx(4.4, abs=0.1)
     # on a GPU the weights do not lie in the host's memory, and more processes need more
     assert list(memory.too_small(settings.replaced(dataset_num_proc=1), 10**9, True)) != []
     monkeypatch.setattr(limits, "memory", lambda: 2**31)

@@ -15,7 +15,7 @@ import pytest
 from fake_machine import H100, driver
 from fake_machine import smi as machine
 from finetune.errors import MachineError
-from finetune.machine import cuda, preflight
+from finetune.machine import cuda, disk, preflight
 from finetune.machine.gpus import Gpu, gpus
 from finetune.run import inputs
 from finetune.settings import Settings
@@ -111,6 +111,17 @@ def test_parameters_counted_in_a_folder(tmp_path: Path) -> None:
 def test_a_full_disk_is_found_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MachineError, match=r"GB free, about .* needed"):
         checked(tmp_path, H100, monkeypatch=monkeypatch, MODEL_NAME="org/huge-90000B", SAVE_MERGED="1")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_what_is_in_the_cache_needs_no_room(tmp_path: Path, name: str) -> None:
+    settings = Settings.from_env({"OUTPUT_DIR": str(tmp_path), "MODEL_NAME": "org/huge", "SAVE_MERGED": "0"})
+    snapshot = tmp_path / "models--org--huge/snapshots/1"
+    snapshot.mkdir(parents=True)
+    there = {"HF_HUB_CACHE": str(tmp_path)}
+    assert list(disk.too_small(settings, there, 10**15))
+    (snapshot / name).touch()
+    assert not list(disk.too_small(settings, there, 10**15))
 
 
 # root may read everything, so it becomes someone else first, after the imports that need its Python
