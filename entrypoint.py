@@ -38,7 +38,7 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         code, problems = told(error) or (1, console.bug(error, known))
-        console.leave(code, problems, lost=isinstance(error, OSError))
+        console.leave(problems, lost=isinstance(error, OSError))
         return code
 
 

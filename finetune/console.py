@@ -163,7 +163,7 @@ def bug(error: BaseException, secrets: Sequence[str]) -> list[str]:
     ]
 
 
-def leave(code: int, problems: Sequence[str], lost: bool) -> None:
+def leave(problems: Sequence[str], lost: bool) -> None:
     """Say why the program ends. lost: perhaps nothing can be written any more, and Python must not find that out once more."""
     with contextlib.suppress(OSError):
         print(
@@ -228,8 +228,8 @@ class Counted:
 
     EVERY_S = 10.0
 
-    def __init__(self, what: str, total: int | None, done: int = 0):
-        """what: has happened to the rows. total: None: nobody knows. done: rows of an earlier start."""
+    def __init__(self, what: str, total: int, done: int = 0):
+        """what: has happened to the rows. done: rows of an earlier start."""
         self.what, self.total, self.done, self.first = what, total, done, done
         self.began = self.told = self.beaten = time.monotonic()
         self.bar: Any = None
@@ -244,8 +244,6 @@ class Counted:
     def add(self, count: int) -> None:
         """So many more are done."""
         self.done += count
-        if self.done % 100 >= count:
-            return
         now = time.monotonic()
         if now - self.beaten > 1:
             self.beaten = now
@@ -267,6 +265,4 @@ class Counted:
 
     def _line(self, now: float) -> str:
         speed = (self.done - self.first) / (now - self.began)
-        if self.total is None:
-            return f"data: {self.done:,} {self.what}, {speed:,.0f} rows/s"
         return f"data: {self.done:,} of {self.total:,} {self.what}, {speed:,.0f} rows/s, {_clock((self.total - self.done) / speed)} left"

@@ -204,7 +204,6 @@ class Settings:
     report_to: Literal["none", "tensorboard", "wandb"] = setting(
         "none", "Tracker; wandb writes offline where WANDB_API_KEY is unset.", free=True
     )
-
     health_timeout: float = setting(
         1800,
         "Seconds that one update may take before the container counts as unhealthy; 0: any time.",
@@ -606,7 +605,7 @@ def _one_slip(a: str, b: str) -> bool:
 
 def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
     """Sentences on values that do not go together, before anything is downloaded."""
-    for name in ("MODEL_NAME", "DATASET_NAME", "PROMPT_TEMPLATE", "OUTPUT_DIR"):
+    for name in ("MODEL_NAME", "DATASET_NAME", "EVAL_DATASET_NAME", "PROMPT_TEMPLATE", "OUTPUT_DIR"):
         path = os.fsencode(getattr(s, name.lower()) or "")
         if len(path) > 3900 or any(len(part) > 240 for part in path.split(b"/")):  # files below it need room too
             yield f"{name}: a path of {len(path)} bytes, or a name in it, is too long; a name has at most 240 bytes"
@@ -658,6 +657,11 @@ def _cross_checks(s: Settings, publishes: bool) -> Iterator[str]:
     ):
         if wanted and not (s.eval_steps and s.eval_rows):
             yield f"{name}={text(wanted)}: needs measurements during training, for example EVAL_STEPS=20 (and EVAL_ROWS not 0)"
+    if s.early_stopping_threshold and not s.early_stopping_patience:
+        yield (
+            f"EARLY_STOPPING_THRESHOLD={s.early_stopping_threshold:g}: counts only with EARLY_STOPPING_PATIENCE, for example "
+            "EARLY_STOPPING_PATIENCE=3"
+        )
     if s.dataset_name == "samples" and s.dataset_config not in (None, "en", "zh"):
         yield f"DATASET_CONFIG={s.dataset_config}: the bundled rows have en and zh, for example DATASET_CONFIG=en"
     if s.dataset_format not in ("auto", "columns"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import console
 from finetune.data import checks, formats, store
 from finetune.data.formats import FORMATS, Format
-from finetune.data.origin import Placed, Source
+from finetune.data.origin import Origin, Placed
 from finetune.data.reading import Row, Unread
 from finetune.errors import SettingsError, first_line
 from finetune.settings import Settings
@@ -28,7 +28,7 @@ COLUMNS = ("json", "sorted", "file", "number", "line")
 class Checked:
     """Reads the rows `trained` of a source, checks them, and writes the good ones to a store. It goes on where the store ends."""
 
-    def __init__(self, settings: Settings, source: Source, opened: store.Store, trained: range):
+    def __init__(self, settings: Settings, source: Origin, opened: store.Store, trained: range):
         self.settings, self.source, self.store, self.trained = settings, source, opened, trained
         state = opened.state
         self.at: tuple[int, int] = tuple(state.get("at", (0, 0)))  # file, and rows of it, that have been seen
@@ -60,8 +60,6 @@ class Checked:
         )
 
     def _batches(self) -> Iterator[tuple[RecordBatch, dict[str, Any]]]:
-        import pyarrow
-
         good: list[tuple[bytes, bool, int, int, int]] = []
         for file, read in self._taken():
             self.seen, self.at = self.seen + 1, (file, read.number)
@@ -70,17 +68,19 @@ class Checked:
             if said := self._good(file, read.number, read.line, read.row):
                 good.append((*said, file, read.number, read.line))
             if len(good) == BATCH:
-                columns = [*map(pyarrow.array, zip(*good, strict=True))]
-                yield pyarrow.RecordBatch.from_arrays(columns, COLUMNS), self._state()
+                yield self._batch(good)
                 good = []
         if good:
-            columns = [*map(pyarrow.array, zip(*good, strict=True))]
-            yield pyarrow.RecordBatch.from_arrays(columns, COLUMNS), self._state()
+            yield self._batch(good)
 
-    def _state(self) -> dict[str, Any]:
+    def _batch(self, good: list[tuple[bytes, bool, int, int, int]]) -> tuple[RecordBatch, dict[str, Any]]:
+        """Rows that are kept, and how far all rows have been read."""
+        import pyarrow
+
         assert self.form is not None
+        batch = pyarrow.RecordBatch.from_arrays([*map(pyarrow.array, zip(*good, strict=True))], COLUMNS)
         state = dict(at=self.at, seen=self.seen, bad=self.bad, told=self.told)
-        return {**state, "format": self.form.NAME, "columns": self.columns}
+        return batch, {**state, "format": self.form.NAME, "columns": self.columns}
 
     def _good(self, file: int, number: int, line: int, row: Any) -> tuple[bytes, bool] | None:
         """What is kept of a row as JSON, and whether its names are sorted; None: it is bad, which is noted."""

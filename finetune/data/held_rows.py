@@ -10,7 +10,7 @@ from typing import Any
 from finetune.data import formats, held_out, locate, origin
 from finetune.data.checked import kept, refuse
 from finetune.data.held_out import Places
-from finetune.data.origin import Placed, Source
+from finetune.data.origin import Origin, Placed
 from finetune.data.reading import Row
 from finetune.errors import SettingsError
 from finetune.settings import Settings
@@ -31,7 +31,7 @@ class Held:
     strict: bool
 
 
-def places(settings: Settings, source: Source) -> Places:
+def places(settings: Settings, source: Origin) -> Places:
     """Which rows of a source are trained, and which are held out. Rows are only counted as far as is needed to know."""
     split, spare = settings.dataset_split, held_out.SPARE * settings.eval_rows
     inside = bool(settings.eval_rows) and not held_out.elsewhere(settings)
@@ -53,12 +53,12 @@ def places(settings: Settings, source: Source) -> Places:
     return found
 
 
-def of_split(settings: Settings, source: Source, where: Places) -> dict[str, Any]:
+def of_split(settings: Settings, source: Origin, where: Places) -> dict[str, Any]:
     """The rows that are held out of the split that is trained, as a store keeps them: see `again`."""
     return _checked(origin.chosen(source, where.held), source, where.strict, settings)
 
 
-def again(settings: Settings, source: Source, stored: dict[str, Any]) -> Held | None:
+def again(settings: Settings, source: Origin, stored: dict[str, Any]) -> Held | None:
     """The held-out rows that a store keeps, or those from elsewhere; None: none are asked for."""
     if not settings.eval_rows:
         return None
@@ -81,10 +81,10 @@ def held_elsewhere(settings: Settings) -> Held:
                 f"DATASET_SPLIT={there.dataset_split}: {there.dataset_name} holds no rows there; name others, for example "
                 "DATASET_SPLIT=train[500:564]"
             )
-    return _told(there.dataset_name, source, _checked(found, source, True, settings))
+        return _told(there.dataset_name, source, _checked(found, source, True, there))
 
 
-def _checked(found: list[Placed], source: Source, strict: bool, settings: Settings) -> dict[str, Any]:
+def _checked(found: list[Placed], source: Origin, strict: bool, settings: Settings) -> dict[str, Any]:
     stored: dict[str, Any] = dict(rows=[], format="", dropped=0, at=[], strict=strict)
     if not found:
         return stored
@@ -102,7 +102,7 @@ def _checked(found: list[Placed], source: Source, strict: bool, settings: Settin
     return {**stored, "format": form.NAME, "dropped": len(bad)}
 
 
-def _told(name: str, source: Source, stored: dict[str, Any]) -> Held:
+def _told(name: str, source: Origin, stored: dict[str, Any]) -> Held:
     places = [source.told(*at) for at in stored["at"]]
     return Held(name, stored["rows"], stored["format"], stored["dropped"], places, stored["strict"])
 

@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.formats.base import BadRow, any_of
+from finetune.data.tokenizer_files import made_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,16 +23,13 @@ class Guard:
     own_file: bool  # the ids are those of a tokenizer.json, so what it drops, the model never saw
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, own_file: bool) -> Guard:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Guard:
         """The guard for a tokenizer."""
         added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         # sentencepiece's \u2581 is a space
         texts = sorted((text for text in added if text.replace("\u2581", " ").strip()), key=len, reverse=True)
-        return cls(tokenizer.backend_tokenizer, any_of(texts), own_file)
-
-    def check(self, text: str, ids: list[int], cut: bool) -> bool:
-        """As `compare`, of tokens."""
-        return self.compare(text, self.backend.decode(ids, skip_special_tokens=False), cut)
+        files = made_of(tokenizer)
+        return cls(tokenizer.backend_tokenizer, any_of(texts), not files or "tokenizer.json" in files)
 
     def compare(self, text: str, decoded: str, cut: bool) -> bool:
         """Whether the tokenizer wrote some of the text in another way (a normalizer, white space it does not know), losing no letter.

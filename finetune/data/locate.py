@@ -17,12 +17,8 @@ from finetune.errors import SettingsError
 from finetune.settings import SPLIT, Settings
 from finetune.sources import local
 
-DESCRIPTIONS = (
-    "dataset_info.json",
-    "dataset_infos.json",
-    "state.json",
-    "dataset_dict.json",
-)  # which `datasets` puts beside the rows
+# which `datasets` puts beside the rows
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 SAMPLES = Path(__file__).parent.parent / "samples"
 TEXT = ".txt"  # in a folder it is a note where there are other files
 SPLITS = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval")
@@ -62,11 +58,9 @@ def files(settings: Settings, notes: list[str]) -> list[File]:
         languages = [settings.dataset_config] if settings.dataset_config else ["en", "zh"]
         bundled = [File(f"samples/{language}.jsonl", SAMPLES / f"{language}.jsonl") for language in languages]
         return _train_only(settings, bundled)
-    there = os.path.exists(Path(name).expanduser())
-    names = [name] if there else [part.strip() for part in name.split(",") if part.strip()]
     found: list[File] = []
     problems: list[str] = []
-    for part in names:
+    for part in opened.parts(name):
         try:
             found += _named(part, settings, notes)
         except SettingsError as error:
@@ -80,14 +74,13 @@ def _named(name: str, settings: Settings, notes: list[str]) -> list[File]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(name, path, settings, notes)
-    if not os.path.lexists(path) and glob.has_magic(name):
-        matches = sorted(match for match in glob.glob(str(path), recursive=True) if os.path.isfile(match))
+    if (matches := opened.matches(name)) is not None:
         if not matches:
             raise SettingsError(
                 f"DATASET_NAME={name}: no file matches; in a container the path is the one that it is mounted at"
             )
-        notes.append(f"{name}: {_list(matches)}")
-        return _train_only(settings, [file for match in matches for file in _file(match, Path(match))])
+        notes.append(f"{name}: {_list([*map(str, matches)])}")
+        return _train_only(settings, [file for match in matches for file in _file(str(match), match)])
     return _train_only(settings, _file(name, path))
 
 
@@ -135,9 +128,14 @@ def _train_only(settings: Settings, found: list[File]) -> list[File]:
 
 def split_of(settings: Settings) -> str:
     """The name of the split."""
-    parsed = re.fullmatch(SPLIT, settings.dataset_split)
-    assert parsed is not None  # checked by settings
-    return parsed["name"]
+    return parsed(settings.dataset_split)["name"]
+
+
+def parsed(split: str) -> re.Match[str]:
+    """A split's name, start and stop."""
+    found = re.fullmatch(SPLIT, split)
+    assert found is not None  # checked by settings
+    return found
 
 
 # Folders

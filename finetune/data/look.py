@@ -73,7 +73,7 @@ def look(rows: Rows, tokens: Tokens, tokenizer: PreTrainedTokenizerBase, encoder
         examples=[
             (
                 rows.places[numbers[index]],
-                shown.row(tokenizer, **{_SHORT[name]: ids for name, ids in tokens.dataset[index].items()}),
+                shown.row(tokenizer, **tokens.dataset[index]),
             )
             for index in spread
         ],
@@ -83,9 +83,6 @@ def look(rows: Rows, tokens: Tokens, tokenizer: PreTrainedTokenizerBase, encoder
         special=special,
         sampled=len(sample),
     )
-
-
-_SHORT = {"input_ids": "ids", "labels": "labels"}
 
 
 def _histogram(lengths: Any) -> list[tuple[int, int, int]]:
@@ -122,9 +119,8 @@ def _twice(tokens: Tokens, sample: Sequence[int]) -> list[tuple[int, int]]:
     for index in sample:
         ids = np.array(tokens.dataset[index]["input_ids"], np.int64)
         behind = ids[tokens.common : -1]
-        size = min(near_duplicates.GRAM, max(1, len(behind)))
-        runs = np.lib.stride_tricks.sliding_window_view(behind, size) if len(behind) else ids[None, :1]
-        mixed = np.unique(_hashed(runs))[:SKETCH]
+        filled = np.pad(behind, (0, max(0, near_duplicates.GRAM - len(behind))), constant_values=-1)
+        mixed = np.unique(near_duplicates.hashes(filled))[:SKETCH]
         hashes.append(mixed)
         owners.append(np.full(len(mixed), index))
     size_of = {index: len(mixed) for index, mixed in zip(sample, hashes, strict=True)}
@@ -138,13 +134,6 @@ def _twice(tokens: Tokens, sample: Sequence[int]) -> list[tuple[int, int]]:
         if 2 * count >= max(size_of[first], size_of[second]):
             found.setdefault(second, first)
     return [(first, second) for second, first in sorted(found.items())]
-
-
-def _hashed(runs: Any) -> Any:
-    powers = np.array([pow(0x9E3779B97F4A7C15, n + 1, 2**64) for n in range(runs.shape[1])], np.uint64)
-    mixed = ((runs.astype(np.uint64) + np.uint64(1)) * powers).sum(1, dtype=np.uint64)
-    mixed ^= mixed >> np.uint64(29)
-    return mixed * near_duplicates.ODD
 
 
 def _scripts(rows: Rows, numbers: Sequence[int]) -> list[tuple[str, int]]:

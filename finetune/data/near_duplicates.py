@@ -59,11 +59,11 @@ class _Known:
         flat: Ids = np.array([i for row in held for i in row], np.int64)
         lengths: Ids = np.array([len(row) for row in held])
         ends: Ids = np.cumsum(lengths)
-        hashes = _hashes(flat)
-        rows: Ids = np.searchsorted(ends, np.arange(len(hashes)), side="right")
-        inside = _inside(np.arange(len(hashes)), rows, lengths, ends, common)
-        hashes, rows = hashes[inside], rows[inside]
-        pairs = np.unique(np.stack([hashes, rows.astype(np.uint64)]), axis=1)
+        grams = hashes(flat)
+        rows: Ids = np.searchsorted(ends, np.arange(len(grams)), side="right")
+        inside = _inside(np.arange(len(grams)), rows, lengths, ends, common)
+        grams, rows = grams[inside], rows[inside]
+        pairs = np.unique(np.stack([grams, rows.astype(np.uint64)]), axis=1)
         grams, index, counts = np.unique(pairs[0], return_inverse=True, return_counts=True)
         kept = (counts <= max(1, len(held) / 2))[index]
         pairs = pairs[:, kept]
@@ -82,14 +82,14 @@ class _Known:
         """The held-out rows that are near-duplicates of one of these rows."""
         ends: Ids = np.cumsum(lengths)
         same = self._equal(ids, lengths, ends)
-        hashes = _hashes(ids)
-        places = np.flatnonzero(self.table[hashes >> np.uint64(64 - BITS)])
+        every = hashes(ids)
+        places = np.flatnonzero(self.table[every >> np.uint64(64 - BITS)])
         rows: Ids = np.searchsorted(ends, places, side="right")
         inside = _inside(places, rows, lengths, ends, self.common)
         places, rows = places[inside], rows[inside]
         if not len(places) or not len(self.grams):
             return same
-        wanted = hashes[places]
+        wanted = every[places]
         at = np.searchsorted(self.grams, wanted).clip(max=len(self.grams) - 1)
         hit = self.grams[at] == wanted
         pairs = np.unique(rows[hit] * len(self.grams) + at[hit])  # a gram counts once in a row
@@ -108,14 +108,14 @@ class _Known:
         return {row for part in parts for row in self.whole.get(part, ())}
 
 
-def _hashes(ids: Ids) -> Ids:
+def hashes(ids: Ids) -> Ids:
     """A hash of each run of GRAM ids, also of those that reach into the next row."""
-    hashes = (ids.astype(np.uint64) + np.uint64(1)) * ODD
+    found = (ids.astype(np.uint64) + np.uint64(1)) * ODD
     for size, power in ((1, 3), (2, 0xD6E8FEB86659FD93), (4, 0xA0761D6478BD642F)):  # of two neighbours one, three times
-        hashes = hashes[: max(0, len(hashes) - size)] * np.uint64(power) + hashes[size:]
-    hashes ^= hashes >> np.uint64(29)
-    hashes *= ODD
-    return hashes
+        found = found[: max(0, len(found) - size)] * np.uint64(power) + found[size:]
+    found ^= found >> np.uint64(29)
+    found *= ODD
+    return found
 
 
 def _inside(places: Ids, rows: Ids, lengths: Ids, ends: Ids, common: int) -> Ids:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import gzip
 import io
+import os
 import re
 import shutil
 import tempfile
@@ -96,6 +98,26 @@ class File:
             shutil.copyfileobj(stream, copy, 2**20)
             copy.flush()
             yield Path(copy.name)
+
+
+def parts(name: str) -> list[str]:
+    """The names in a DATASET_NAME, which may have commas between them."""
+    there = os.path.exists(Path(name).expanduser())
+    return [name] if there else [part.strip() for part in name.split(",") if part.strip()]
+
+
+def matches(name: str) -> list[Path] | None:
+    """The files that a glob stands for, sorted; None: it is none."""
+    path = Path(name).expanduser()
+    if os.path.lexists(path) or not glob.has_magic(name):
+        return None
+    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
+
+
+def paths(name: str) -> list[Path]:
+    """The files and folders that a DATASET_NAME names, whatever they hold, and whether they are there or not."""
+    found = ((matches(part), Path(part).expanduser()) for part in parts(name))
+    return [place for several, path in found for place in (several if several is not None else [path])]
 
 
 def kind(name: str) -> str:

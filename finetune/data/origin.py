@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from finetune.data.opened import File
 from finetune.data.reading import Read
 from finetune.errors import SettingsError
 from finetune.files import sha256
-from finetune.settings import SPLIT, Settings
+from finetune.settings import Settings
 from finetune.sources import local
 
 BATCH = 1000  # rows of the Hub that are Python objects at a time
@@ -23,7 +22,7 @@ Placed = tuple[int, Read]  # the number of a file, and a row of it
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Origin:
     """What rows are read from. names: of its files, for messages. content: what tells it from others. size: bytes on the disk.
 
     read(n, after): file n's rows after so many. counted(n, most): how many it has, or `most` if it has more.
@@ -69,7 +68,7 @@ def told(names: list[str], file: int, number: int, line: int) -> str:
     return f"{names[file]} row {number}{f' (line {line})' if line else ''}"
 
 
-def of(settings: Settings) -> Source:
+def of(settings: Settings) -> Origin:
     """What DATASET_NAME names. Raises SettingsError where it cannot be."""
     if problem := local.url("DATASET_NAME", settings.dataset_name):
         raise SettingsError(problem)
@@ -80,7 +79,7 @@ def of(settings: Settings) -> Source:
     return _streamed(settings) if settings.streaming else _of_hub(settings)
 
 
-def _of_files(settings: Settings) -> Source:
+def _of_files(settings: Settings) -> Origin:
     notes: list[str] = []
     found, wanted = locate.files(settings, notes), formats.wanted(settings)
     for note in notes:
@@ -92,7 +91,7 @@ def _of_files(settings: Settings) -> Source:
     def read(number: int, after: int) -> Iterator[Read]:
         return reading.rows(found[number], wanted, after)
 
-    return Source(
+    return Origin(
         commit=None,
         names=[f"{file.shown} sheet {file.sheet}" if file.sheet else file.shown for file in found],
         content=[(_sum(file), file.kind, file.member) for file in found],
@@ -109,7 +108,7 @@ def _sum(file: File) -> str:
         raise SettingsError(f"DATASET_NAME={file.shown}: cannot be read ({error.strerror})") from None
 
 
-def _of_hub(settings: Settings) -> Source:
+def _of_hub(settings: Settings) -> Origin:
     name, split = settings.dataset_name, locate.split_of(settings)
     commit, found = sources.hub().dataset(settings, split)
     names, wanted = found.column_names, formats.wanted(settings)
@@ -125,7 +124,7 @@ def _of_hub(settings: Settings) -> Source:
                 yield Read(number, 0, {**dict.fromkeys(names), **dict(zip(batch, values, strict=True))})
 
     here = [(file["filename"], _stamp(file["filename"])) for file in found.cache_files]
-    return Source(
+    return Origin(
         commit=commit,
         names=[f"{name} {split}"],
         content=[name, commit or here or found._fingerprint, settings.dataset_config, split],
@@ -165,14 +164,9 @@ def _stamp(path: str) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def name_of(split: str) -> str:
-    """The name in a value such as DATASET_SPLIT's."""
-    return _parsed(split)["name"]
-
-
 def taken(split: str, count: int) -> range:
     """The rows that a slice takes out of `count`; bounds beyond the end mean the end."""
-    parsed = _parsed(split)
+    parsed = locate.parsed(split)
 
     def bound(text: str | None) -> int | None:
         if text is None:
@@ -185,17 +179,11 @@ def taken(split: str, count: int) -> range:
 
 def end(split: str) -> int | None:
     """The row after the last that a slice takes, where that does not depend on how many there are; None: it does."""
-    start, stop = _parsed(split)["start"], _parsed(split)["stop"]
+    start, stop = locate.parsed(split).group("start", "stop")
     return int(stop) if stop and stop.isdecimal() and (start or "0").isdecimal() else None
 
 
-def _parsed(split: str) -> re.Match[str]:
-    parsed = re.fullmatch(SPLIT, split)
-    assert parsed is not None  # checked by settings
-    return parsed
-
-
-def chosen(source: Source, numbers: list[int]) -> list[Placed]:
+def chosen(source: Origin, numbers: list[int]) -> list[Placed]:
     """The rows with these numbers, counted from 0, in their order in the files."""
     if not numbers:
         return []

@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 from finetune.data import opened, sheets, tables
@@ -220,7 +220,7 @@ def _csv(file: File, _: set[str], after: int, delimiter: str = ",") -> Iterator[
     with file.stream() as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True, delimiter=delimiter)
         try:
-            named_once(file, reader.fieldnames or ())
+            tables.named_once(file, reader.fieldnames or ())
             row: Any
             for index, row in _from(after, reader):
                 if None in row:
@@ -236,22 +236,12 @@ def _tsv(file: File, wanted: set[str], after: int) -> Iterator[Read]:
     return _csv(file, wanted, after, "\t")
 
 
-def named_once(file: File, names: Sequence[str]) -> None:
-    """Refuse two columns with one name: a row would keep only the last. Columns without a name may repeat: no setting names them."""
-    if twice := next((name for name in names if name and names.count(name) > 1), None):
-        raise SettingsError(
-            f"DATASET_NAME={file.shown}: has more than one column {twice}; name each column once, for example {twice}_2"
-        )
-
-
 def _parquet(file: File, wanted: set[str], after: int) -> Iterator[Read]:
-    rows = tables.parquet(file, wanted, named_once, after)
-    return (Read(index, 0, row) for index, row in enumerate(rows, after + 1))
+    return (Read(index, 0, row) for index, row in enumerate(tables.parquet(file, wanted, after), after + 1))
 
 
 def _arrow(file: File, wanted: set[str], after: int) -> Iterator[Read]:
-    rows = tables.arrow(file, wanted, named_once, after)
-    return (Read(index, 0, row) for index, row in enumerate(rows, after + 1))
+    return (Read(index, 0, row) for index, row in enumerate(tables.arrow(file, wanted, after), after + 1))
 
 
 def _xlsx(file: File, _: set[str], after: int) -> Iterator[Read]:

@@ -14,9 +14,9 @@ LONGEST = 1600  # characters that are shown of a row
 OPEN, CLOSE = "‹", "›"
 
 
-def row(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]) -> str:
+def row(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: list[int]) -> str:
     """The text of a row's tokens, with the trained part marked, and what a terminal would obey written as its code."""
-    decode = tokenizer.backend_tokenizer.decode
+    ids, decode = input_ids, tokenizer.backend_tokenizer.decode
     whole, text, start, inside = decode(ids, skip_special_tokens=False), "", 0, False
     borders = [at for at in range(1, len(ids)) if (labels[at] == IGNORE_INDEX) != (labels[at - 1] == IGNORE_INDEX)]
     for first, last in itertools.pairwise([0, *borders, len(ids)]):
@@ -29,8 +29,14 @@ def row(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]) -
 
 def told(text: str) -> str:
     """Lines for the console: the first row as it is trained."""
-    lines = "\n".join(f"  | {line}" for line in text.splitlines())
-    return f"data: the first row as it is trained (the loss is on what stands between ‹ and ›):\n{lines}"
+    return (
+        f"data: the first row as it is trained (the loss is on what stands between {OPEN} and {CLOSE}):\n{lines(text)}"
+    )
+
+
+def lines(text: str) -> str:
+    """A row's text, set apart from what else is printed."""
+    return "\n".join(f"  | {line}" for line in text.splitlines())
 
 
 def _harmless(letter: str) -> bool:

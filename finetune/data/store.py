@@ -1,6 +1,6 @@
 """Rows and their tokens on disk, in shards of Arrow: written one by one, whole or not at all, and read without holding them in memory.
 
-Below the cache of `datasets`, so that runs in other folders find them. What is in a store is known by its key; see docs/adr/0301.
+Below the cache of `datasets`, so that runs in other folders find them. What is in a store is known by its key; see docs/adr/0302.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import console, files
 from finetune.errors import MachineError
+from finetune.sources.model import read_object
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 SHARD_ROWS, SHARD_BYTES = 50_000, 2**28  # a shard ends at the first of both
 UNUSED_DAYS = 14  # after which a store is removed, when another is made
 SHARE = 0.2  # of the disk that stores may take, before the oldest go
+DONE = "done.json"  # in a store: it is whole
 WAIT_S = 0.2  # between two looks whether another process is done
 
 
@@ -58,7 +60,7 @@ class Stored:
         options = pyarrow.ipc.IpcReadOptions(use_threads=False)  # threads do not live on in forked processes
         self.readers = [pyarrow.ipc.open_file(opened(str(_shard(folder, n))), options=options) for n in range(shards)]
         self.batches = [(reader, index) for reader in self.readers for index in range(reader.num_record_batches)]
-        sizes = ((_json(_state(folder, number)) or {})["batches"] for number in range(shards))
+        sizes = (read_object(_state(folder, number))["batches"] for number in range(shards))
         self.starts = [0, *itertools.accumulate(itertools.chain.from_iterable(sizes))]  # known without reading
 
     def __len__(self) -> int:
@@ -107,7 +109,7 @@ class Store:
 
     def finish(self, said: dict[str, Any]) -> Store:
         """Nothing more comes. said: what a later start is to know without reading."""
-        files.write_json(self.folder / "done.json", {**said, "shards": self.shards})
+        files.write_json(self.folder / DONE, {**said, "shards": self.shards, "sizes": _sizes(self.folder)})
         _clean(self.folder)
         return dataclasses.replace(self, done=said)
 
@@ -121,14 +123,26 @@ def opened(kind: str, key: Mapping[str, Any]) -> Iterator[Store]:
     """The store of a key, for this process alone; another one that wants it waits. kind: begins the folder's name."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     folder = cache() / f"{kind}-{digest[:32]}"
-    handle = _locked(folder)
-    try:
-        done = _json(folder / "done.json")
+    with locked(folder):
+        done = read_object(folder / DONE) or None
+        if done and done["sizes"] != _sizes(folder):  # a cleaner of caches or a full disk has been here
+            for path in folder.iterdir():
+                files.remove(path)
+            done = None
         for partial in folder.glob("*.partial"):
             files.remove(partial, ignore_errors=True)
         shards = done["shards"] if done else _whole(folder)
-        os.utime(folder)  # used now
-        yield Store(folder, done, shards, (_json(_state(folder, shards - 1)) or {}) if shards else {})
+        with contextlib.suppress(PermissionError):  # another user's, who shares the cache
+            os.utime(folder)  # used now
+        yield Store(folder, done, shards, read_object(_state(folder, shards - 1)))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone; another one that wants it waits."""
+    handle = _locked(folder)
+    try:
+        yield
     finally:
         os.close(handle)
 
@@ -204,17 +218,17 @@ def _state(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.json"
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        return found
-    return None
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file that holds rows."""
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix in (".arrow", ".npy")}
 
 
 def _clean(mine: Path) -> None:
     """Remove stores that nobody uses: for days, or the oldest where all together take too much of the disk. None that is open."""
     with contextlib.suppress(OSError):
-        found = sorted((place.stat().st_mtime, place) for place in mine.parent.iterdir() if place != mine)
+        found = sorted(
+            (place.stat().st_mtime, place) for place in mine.parent.iterdir() if place.is_dir() and place != mine
+        )
         sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for _, place in [*found, (0, mine)]}
         total, limit = sum(sizes.values()), SHARE * shutil.disk_usage(mine).total
         for used, place in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.opened import File
@@ -13,13 +13,12 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 BATCH = 1000  # rows that are Python objects at a time
-Named = Callable[[File, Sequence[str]], None]
 
 
-def parquet(file: File, wanted: set[str], check: Named, after: int) -> Iterator[Row]:
+def parquet(file: File, wanted: set[str], after: int) -> Iterator[Row]:
     """The rows of a Parquet file. Columns that are not wanted are None: Python may be unable to hold their values, but messages name them.
 
-    check: refuses names of columns. after: rows at the beginning that are left out. Raises SettingsError where the file is damaged or holds what Python cannot.
+    after: rows at the beginning that are left out. Raises SettingsError where the file is damaged or holds what Python cannot.
     """
     import pyarrow
     from pyarrow import parquet
@@ -28,14 +27,14 @@ def parquet(file: File, wanted: set[str], check: Named, after: int) -> Iterator[
         try:
             opened = parquet.ParquetFile(path)
             names = opened.schema_arrow.names
-            check(file, names)
+            named_once(file, names)
             batches = opened.iter_batches(BATCH, columns=[name for name in names if name in wanted], use_threads=False)
             yield from _rows(file, names, wanted, batches, after)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise _damaged(file, "Parquet", error) from None
 
 
-def arrow(file: File, wanted: set[str], check: Named, after: int) -> Iterator[Row]:
+def arrow(file: File, wanted: set[str], after: int) -> Iterator[Row]:
     """The rows of an Arrow file, or of an Arrow stream, as `datasets` writes it. As `parquet`."""
     import pyarrow
 
@@ -43,7 +42,7 @@ def arrow(file: File, wanted: set[str], check: Named, after: int) -> Iterator[Ro
         try:
             with pyarrow.memory_map(str(path)) as mapped:
                 schema, batches = _batches(mapped)
-                check(file, schema.names)
+                named_once(file, schema.names)
                 yield from _rows(file, schema.names, wanted, batches, after)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise _damaged(file, "Arrow", error) from None
@@ -62,6 +61,14 @@ def count(file: File, is_parquet: bool) -> int:
                 return sum(batch.num_rows for batch in _batches(mapped)[1])
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise _damaged(file, "Parquet" if is_parquet else "Arrow", error) from None
+
+
+def named_once(file: File, names: Sequence[str]) -> None:
+    """Refuse two columns with one name: a row would keep only the last. Columns without a name may repeat: no setting names them."""
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise SettingsError(
+            f"DATASET_NAME={file.shown}: has more than one column {twice}; name each column once, for example {twice}_2"
+        )
 
 
 def _batches(mapped: Any) -> tuple[Any, Iterable[RecordBatch]]:

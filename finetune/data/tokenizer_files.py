@@ -54,8 +54,14 @@ def load(source: Source) -> PreTrainedTokenizerBase:
         )
     _set_pad(loaded, source)
     there = [name for name in TOKENIZER_FILES if (source.folder / name).is_file()]
-    loaded.made_of = files.digests(source.folder, there)  # see `tokens.tokenize`
+    loaded.made_of = files.digests(source.folder, there)
     return loaded
+
+
+def made_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """sha256 of each file that `load` made it of; {}: it comes from elsewhere."""
+    found: dict[str, str] = getattr(tokenizer, "made_of", {})
+    return found
 
 
 def _read(source: Source) -> tuple[PreTrainedTokenizerBase, str]:

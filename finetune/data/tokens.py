@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from finetune.data.formats.base import FLAGS
 from finetune.data.held_out import HeldOut
 from finetune.data.kept import Guard
 from finetune.data.rows import TOKENIZING, Rows
+from finetune.data.tokenizer_files import made_of
 from finetune.files import sha256
 from finetune.settings import Settings
 
@@ -88,8 +90,7 @@ class Tokens:
 
     def first(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The first row as it is trained, with the trained part marked."""
-        row = self.dataset[0]
-        return shown.row(tokenizer, row["input_ids"], row["labels"])
+        return shown.row(tokenizer, **self.dataset[0])
 
     def describe(self, dropped: int) -> str:
         """Lines for the console. dropped: rows that were left out before."""
@@ -107,65 +108,60 @@ def format_of(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings,
 
 
 def tokenize(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date | None = None, own_file: bool = True
-) -> Tokens:  # fmt: skip
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date | None = None
+) -> Tokens:
     """Texts to tokens, in the order of the rows whatever DATASET_NUM_PROC is. They go into a store, and are read from it.
 
     Exactly one BOS where the tokenizer uses one, and one EOS, which is trained on, at the end of each row; a row longer
     than MAX_SEQ_LENGTH loses what stands before its EOS, so that the model still learns to stop.
 
-    date: what a chat template writes as today's; None: today. own_file: whether the tokenizer has a tokenizer.json. Raises
-    SettingsError that names rows which lose something or keep nothing to train on, or where messages find no chat template;
-    MachineError where a process was killed.
+    date: what a chat template writes as today's; None: today. Raises SettingsError that names rows which lose something or keep
+    nothing to train on, or where messages find no chat template; MachineError where a process was killed.
     """
     date = date or datetime.date.today()
-    work = encoder(rows, tokenizer, settings, date, own_file)
-    made = work.format
+    work = encoder(rows.format, tokenizer, settings, date)
     key = dict(
         version=store.version(),
         rows=[rows.sha256, len(rows), rows.format],
-        tokenizer=_identity(tokenizer, own_file),
-        day=date if made.writes_day else None,
+        tokenizer=_identity(tokenizer),
+        day=date if work.format.writes_day else None,
         settings={name: getattr(settings, name) for name in TOKENIZING},
         template=sha256(Path(settings.template_file).expanduser()) if settings.template_file else None,
     )
     from finetune.data import held_tokens, tokenized  # numpy takes a tenth of a second, and `check` needs none
 
     dataset, lengths, said, folder = tokenized.tokenized(rows, work, settings, key)
-    held = rows.held
-    if held is not None:
-        form = format_of(held.format, tokenizer, settings, date) if held.rows else made
-        measured = dataclasses.replace(work, format=form)
+    held_out = None
+    if rows.held is not None:
+        own = dataclasses.replace(work, format=format_of(rows.held.format or rows.format, tokenizer, settings, date))
+        known = functools.partial(held_tokens.known, trained=dataset, common=said["common"], folder=folder)
+        held_out = held_tokens.encoded(rows.held, own, known, settings)
     return Tokens(
         dataset=dataset,
         lengths=lengths,
         day=date,
-        writes_day=made.writes_day,
+        writes_day=work.format.writes_day,
         notes=[
             f"{said['flags'][flag]} rows {what} (the first is {rows.places[said['first_row'][flag]]})"
             for flag, what in FLAGS.items()
             if said["flags"][flag]
         ],
         truncated=said["flags"]["truncated"],
-        held_out=held_tokens.encoded(held, form, measured, dataset, said["common"], settings, folder) if held else None,
+        held_out=held_out,
         **{name: said[name] for name in ("largest", "common", "trained", "dropped", "sha256")},
     )
 
 
-def encoder(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date, own_file: bool
-) -> Encoder:
-    """What makes the tokens of a row; the arguments are those of `tokenize`."""
-    made = format_of(rows.format, tokenizer, settings, date)
-    return Encoder(made, tokenizer, Guard.of(tokenizer, own_file), settings.max_seq_length, settings.train_on != "all")
+def encoder(form: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, date: datetime.date) -> Encoder:
+    """What makes the tokens of a row. form: its name; the others are those of `tokenize`."""
+    made = format_of(form, tokenizer, settings, date)
+    return Encoder(made, tokenizer, Guard.of(tokenizer), settings.max_seq_length, settings.train_on != "all")
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase, own_file: bool) -> list[Any]:
+def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """What tells a tokenizer from others, and the libraries' versions."""
     versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
     # its files tell in a moment what takes half a second to write out
-    parts = (
-        getattr(tokenizer, "made_of", None) or hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    )
+    parts = made_of(tokenizer) or hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template, type(tokenizer).__name__)
-    return [parts, [str(name) for name in named], own_file, versions]
+    return [parts, [str(name) for name in named], versions]

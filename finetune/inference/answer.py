@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 from finetune import console
 from finetune.inference import decode
+from finetune.machine import memory
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from finetune.engines.engine import Engine
 
-GIB = 2**30
 FOLDING = 1.1  # times the bytes of folded weights that have to be free: a layer's parts exist twice for a moment
 
 
@@ -87,7 +87,7 @@ def answers(
         print(f"answering by transformers' generate, which is slower: {why}", flush=True)
     if why is None:
         needed = FOLDING * decode.folded_bytes(model) + decode.cache_bytes(model, ids, limit)
-        folded = needed < _room(max_memory)
+        folded = needed < memory.of_gpu(max_memory) - torch.cuda.memory_allocated()
         new = _decoded(decode.Decoder(model, folded).tokens(ids, limit, ends, beside), ids, streamer)
         torch.cuda.empty_cache()
     else:
@@ -146,13 +146,6 @@ def _autocast(model: Any) -> Any:
     dtype = model.get_input_embeddings().weight.dtype
     lower = model.device.type == "cuda" and dtype is not torch.float32
     return torch.autocast("cuda", dtype) if lower else nullcontext()
-
-
-def _room(max_memory: float | None) -> float:
-    """Bytes of GPU memory that may still be taken."""
-    free, _ = torch.cuda.mem_get_info()
-    limit = float(free + torch.cuda.memory_reserved())
-    return min(limit, max_memory * GIB if max_memory else limit) - torch.cuda.memory_allocated()
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

@@ -260,7 +260,7 @@ def folded_bytes(model: Any) -> int:
         if hasattr(m, "in_features") and not hasattr(m, "lora_A")
     )
     width = base.get_input_embeddings().weight.element_size()
-    return sum(m.in_features * m.out_features * width for m in linear if m.out_features * m.in_features > 0)
+    return sum(m.in_features * m.out_features * width for m in linear)
 
 
 def cache_bytes(model: Any, prompts: Sequence[Sequence[int]], limit: int) -> int:

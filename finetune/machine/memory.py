@@ -26,6 +26,15 @@ def peak_gib() -> float:
     return int(found[1]) / 2**20 if found else 0.0
 
 
+def of_gpu(max_memory: float | None) -> float:
+    """Bytes of GPU memory that this process may hold. max_memory: GiB at the most; None: all that is free."""
+    import torch  # `check` needs none
+
+    free, _ = torch.cuda.mem_get_info()
+    may = float(free + torch.cuda.memory_reserved())
+    return min(may, max_memory * 2**30) if max_memory else may
+
+
 def available_gib() -> float:
     """GiB of the host's memory that this container, job or machine may use."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

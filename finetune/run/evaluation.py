@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.run import measured
 
-WHAT = {"adapter": "base with the adapter", "merged": "merged weights"}
-
 if TYPE_CHECKING:
     from finetune.data.held_out import HeldOut
     from finetune.training.evaluate import Course
+
+WHAT = {"adapter": "base with the adapter", "merged": "merged weights"}
 
 
 def record(held: HeldOut | None, course: Course | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import files
+from finetune.data import opened
 from finetune.errors import MachineError, OutputError, SettingsError
 from finetune.machine import container
 from finetune.machine.permissions import denied
@@ -209,24 +210,25 @@ def inputs(settings: Settings) -> Iterator[str]:
         PROMPT_TEMPLATE=settings.template_file,
     )
     for variable, name in named.items():
-        path = Path(name or "").expanduser()
-        if not name or not os.path.lexists(path):
-            continue
-        # a folder's rows include those in its data/, and metrics.jsonl would be one of those files
-        ways = _ways(path) | (_ways(path / "data") if variable.endswith("DATASET_NAME") else set())
-        inner = (
-            sorted(p for p in (*path.iterdir(), *path.glob("data/*")) if os.path.islink(p))
-            if os.path.isdir(path)
-            else []
-        )
-        within = {place for way in ways.union(*map(_ways, inner)) for place in (way, *map(str, Path(way).parents))}
-        if within & products:
-            why = f"is inside a folder that a run in OUTPUT_DIR={output} replaces ({sorted(within & products)[0]})"
-        elif ways & folders:
-            why = f"is OUTPUT_DIR={output} itself, where a run writes its own files"
-        else:
-            continue
-        yield f"{variable}={name}: {why}; give another folder for the run, for example {container.another(output)}"
+        rows = variable.endswith("DATASET_NAME")
+        found = [] if not name else opened.paths(name) if rows else [Path(name).expanduser()]
+        for path in filter(os.path.lexists, found):
+            if why := _replaced(path, rows, output, folders, products):
+                yield f"{variable}={name}: {why}; give another folder for the run, for example {container.another(output)}"
+                break
+
+
+def _replaced(path: Path, rows: bool, output: Path, folders: set[str], products: set[str]) -> str | None:
+    """Why an input at `path` would be replaced; None: it would not. folders, products: all ways to `output`, and to what a run writes there."""
+    # a folder's rows include those in its data/, and metrics.jsonl would be one of those files
+    ways = _ways(path) | (_ways(path / "data") if rows else set())
+    inner = (
+        sorted(p for p in (*path.iterdir(), *path.glob("data/*")) if os.path.islink(p)) if os.path.isdir(path) else []
+    )
+    within = {place for way in ways.union(*map(_ways, inner)) for place in (way, *map(str, Path(way).parents))}
+    if within & products:
+        return f"is inside a folder that a run in OUTPUT_DIR={output} replaces ({sorted(within & products)[0]})"
+    return f"is OUTPUT_DIR={output} itself, where a run writes its own files" if ways & folders else None
 
 
 def _ways(path: Path) -> set[str]:

@@ -52,8 +52,9 @@ def missing(settings: Settings) -> Iterator[str]:
 
 
 def from_hub(settings: Settings) -> bool:
-    """Whether the Hub is asked for the model or the rows. A run that needs nothing of it does not ask whose HF_TOKEN is."""
-    return not os.path.isdir(Path(settings.model_name).expanduser()) or data.on_hub(settings.dataset_name)
+    """Whether the Hub is asked for the model or for rows. A run that needs nothing of it does not ask whose HF_TOKEN is."""
+    names = [settings.dataset_name, settings.eval_dataset_name if settings.eval_rows else None]
+    return not os.path.isdir(Path(settings.model_name).expanduser()) or any(data.on_hub(name) for name in names if name)
 
 
 def check(source: Source, rows: Rows, tokens: Tokens, wanted: Record | None) -> dict[str, Any]:

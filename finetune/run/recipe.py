@@ -74,7 +74,7 @@ def train_in(
     console.quiet()
     clock.mark("import_s")
     tokenizer = data.tokenizer(source)
-    tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded), source.has_tokenizer_json)
+    tokens = data.tokenize(rows, tokenizer, settings, folder.day(settings, output, recorded))
     console.phase("loading", f"{tokens.describe(rows.dropped)}\n{data.shown.told(tokens.first(tokenizer))}")
     identity = {
         **settings.deciding(),

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from finetune import files
+from finetune.data.formats.base import short
 from finetune.run.record import PAGES, Dataset, Model, Point, Record, entries, same, shown
 
 CURVES = {
@@ -62,7 +63,7 @@ def summary(output: Path, record: Record) -> str:
     if sentence := told(record):
         lines.append(f"{sentence}.")
     if record["settings"]["MAX_NEW_TOKENS"]:
-        lines += [f"before: {_start(record['samples']['before'])}", f"after:  {_start(record['samples']['after'])}"]
+        lines += [f"{when + ':':7} {short(record['samples'][when], 200)}" for when in ("before", "after")]
     if verified:
         lines.append(
             f"verified: {verified['changed']} merged tensors changed as the adapter says, {same(verified['kept'], verified['rounded'])}"
@@ -85,11 +86,6 @@ def summary(output: Path, record: Record) -> str:
         if (output / name).exists():
             lines.append(f"{what + ':':26} {output / name}")
     return "\n".join(lines)
-
-
-def _start(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= 200 else flat[:200] + " …"
 
 
 def told(record: Record) -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from finetune import sources
+from finetune.data.rows import READING, TOKENIZING
 from finetune.errors import HubError, OutputError, Refusal, SettingsError
 from finetune.run import folder, inputs
 from finetune.run.record import Record
 from finetune.settings import Settings
 from finetune.sources.model import Source
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # of the run: how a row becomes tokens, and how the base is held
-OF_RUN = (
-    *("load_in_4bit", "prompt_template", "prompt_columns", "completion_columns", "train_on", "max_seq_length"),
-    *("dataset_name", "dataset_config", "dataset_split", "dataset_format", "keep_reasoning", "drop_bad_rows"),
-)
+OF_RUN = ("load_in_4bit", "dataset_name", *(name for name in (*READING, *TOKENIZING) if not name.startswith("eval_")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,17 @@ def find(settings: Settings) -> Trained:
     )
     base, why_not = _base(record, settings, output, merged) if adapter else (None, "there is no adapter")
     return Trained(output, record, base, merged, as_trained, why_not)
+
+
+def load(found: Trained, part: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a part of the run, `adapter` or `merged`. Raises OutputError where it is not as the run wrote it.
+
+    A flipped bit would be answered from. The base has been hashed already.
+    """
+    from finetune.inference import load  # and with it torch
+
+    folder.verify(found.output, f"{part}/")
+    return load.load(found.output / part, found.base if part == "adapter" else None, found.settings)
 
 
 def _base(record: Record, settings: Settings, output: Path, merged: bool) -> tuple[Source | None, str]:

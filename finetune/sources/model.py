@@ -70,11 +70,6 @@ class Source:
         """sha256 of these files. Raises HubError where it is known what they have to be, and they are not."""
         return files.digests(self.folder, names)
 
-    @property
-    def has_tokenizer_json(self) -> bool:
-        """Whether the tokenizer's own file is there."""
-        return (self.folder / "tokenizer.json").is_file()
-
     def config(self) -> dict[str, Any]:
         """The model's config.json; {} where there is none."""
         return read_object(self.folder / "config.json")  # whoever loads the model says what is wrong

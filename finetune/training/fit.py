@@ -22,8 +22,7 @@ from finetune.training import checkpoints, plan, tracking
 from finetune.training.batches import MicroBatches, Padded, Recipes
 from finetune.training.evaluate import Course, Evaluation, Points, ended_early
 from finetune.training.order import Order
-from finetune.training.planner import Planner
-from finetune.training.planner import memory as planner_memory
+from finetune.training.planner import Planner, limit
 from finetune.training.trainer import Stop, UpdateTrainer, peak_gib
 from finetune.training.update import Updates
 
@@ -101,9 +100,7 @@ def fit(
     ):
         batches = packed or _batches(model, arguments, tokens, tokenizer, settings, choice)
         stream = list(itertools.chain.from_iterable(tokens.dataset[:STREAM_ROWS]["input_ids"]))
-        planner = Planner(
-            model, batches, engine, recompute, settings, order, stream, tokens.longest, planner_memory(settings)
-        )
+        planner = Planner(model, batches, engine, recompute, settings, order, stream, tokens.longest, limit(settings))
         began = time.perf_counter()
         with console.stage(
             "training", "planning the updates" if torch.cuda.is_available() else "preparing the updates"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finetune.machine import memory
 from finetune.settings import Settings
 from finetune.training import plan, probe
 from finetune.training.batches import MicroBatches
@@ -35,16 +36,14 @@ OPTIMIZER_BYTES = {
 }
 
 
-def memory(settings: Settings) -> float | None:
-    """Bytes of GPU memory that training may take, MAX_MEMORY at the most; None: no GPU."""
+def limit(settings: Settings) -> float | None:
+    """Bytes of GPU memory that training may take, MAX_MEMORY at the most, which the allocator keeps from now on; None: no GPU."""
     if not torch.cuda.is_available():
         return None
-    free, total = torch.cuda.mem_get_info()
-    limit = float(free + torch.cuda.memory_reserved())
+    most = memory.of_gpu(settings.max_memory)
     if settings.max_memory:
-        limit = min(limit, settings.max_memory * plan.GIB)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-    return limit
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / torch.cuda.mem_get_info()[1]))
+    return most
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from finetune import console, data
 from finetune.engines import refusals
-from finetune.inference import answer, load
+from finetune.inference import answer
 from finetune.run import folder, trained
 from finetune.settings import Settings
 
@@ -21,8 +21,7 @@ def run(settings: Settings, environ: Mapping[str, str], question: str) -> None:
     if found.base is None and (found.output / "adapter").is_dir():
         print(f"the merged weights answer, since the adapter lacks its base: {found.why_not}", flush=True)
     part = "adapter" if found.base else "merged"
-    folder.verify(found.output, f"{part}/")  # a flipped bit would be answered from; the base has been hashed already
-    model, tokenizer = load.load(found.output / part, found.base, found.settings)
+    model, tokenizer = trained.load(found, part)
     form = data.format_of(found.record["dataset"]["format"], tokenizer, found.settings, folder.day_of(found.record))
     length = settings.max_new_tokens or Settings.max_new_tokens  # 0 asked for no answer in training
     with refusals.memory_told("ask for fewer tokens, for example MAX_NEW_TOKENS=200"):

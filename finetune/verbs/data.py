@@ -29,18 +29,16 @@ def run(settings: Settings, environ: Mapping[str, str], _: str) -> None:
 
     console.hush()
     rows = data.load(settings)
-    source = sources.fetch_words(settings)
-    tokenizer = data.tokenizer(source)
-    made = data.tokenize(rows, tokenizer, settings, own_file=source.has_tokenizer_json)
-    encoder = tokens.encoder(rows, tokenizer, settings, made.day, source.has_tokenizer_json)
-    found = look.look(rows, made, tokenizer, encoder)
+    tokenizer = data.tokenizer(sources.fetch_words(settings))
+    made = data.tokenize(rows, tokenizer, settings)
+    found = look.look(rows, made, tokenizer, tokens.encoder(rows.format, tokenizer, settings, made.day))
     about, parts = made.describe(rows.dropped), look.parts(found, rows, settings.max_seq_length)
     lines = [about]
     for title, inside in parts:
         lines += ["", f"{title}:", *(f"  {line}" for line in inside)]
     lines += ["", f"Rows as they are trained (the loss is on what stands between {shown.OPEN} and {shown.CLOSE}):"]
     for place, text in found.examples:
-        lines += [f"  {place}", *(f"  | {line}" for line in text.splitlines()), ""]
+        lines += [f"  {place}", shown.lines(text), ""]
     print(*lines, sep="\n", flush=True)
     path = Path(settings.output_dir) / PAGE
     files.write_text(path, page(settings.dataset_name, about, parts, found.examples))

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from finetune import console, data, files
-from finetune.data import held_out
+from finetune.data import held_tokens, tokens
 from finetune.data.held_out import HeldOut
+from finetune.data.near_duplicates import near_duplicates
 from finetune.engines import precision, refusals
 from finetune.errors import MachineError, SettingsError
-from finetune.inference import load
 from finetune.machine import disk
 from finetune.run import evaluation, folder, trained
 from finetune.run.trained import Trained
@@ -95,22 +95,16 @@ def _rows(found: Trained) -> HeldOut:
 
 
 def _alone(settings: Settings, tokenizer: Any, day: datetime.date) -> HeldOut:
-    """The rows of EVAL_DATASET_NAME, compared with none."""
-    there = held_out.measured(settings)
-    loaded = data.load(there)
-    tokens = data.tokenize(loaded, tokenizer, there, day)
-    rows = [tokens.dataset[index] for index in range(min(settings.eval_rows, len(tokens.dataset)))]
-    return HeldOut(
-        name=loaded.name, rows=rows, places=[f"{loaded.name}, good row {number}" for number in range(1, len(rows) + 1)], questions=[],
-        truncated=tokens.truncated, dropped=loaded.dropped + tokens.dropped, duplicates=0, sha256=tokens.sha256,
-    )  # fmt: skip
+    """The rows of EVAL_DATASET_NAME, compared only with each other."""
+    held = data.held_rows.held_elsewhere(settings)
+    encoder = tokens.encoder(held.format, tokenizer, settings, day)
+    return held_tokens.encoded(held, encoder, lambda rows: near_duplicates(rows, (), 0), settings)
 
 
 def _measurings(found: Trained, rows: HeldOut) -> Iterator[tuple[str, Evaluation]]:
     """What measures base, adapter and merged weights, each loaded when its turn comes."""
     if found.base:
-        folder.verify(found.output, "adapter/")  # a flipped bit would be measured; the base has been hashed already
-        model, tokenizer = load.load(found.output / "adapter", found.base, found.settings)
+        model, tokenizer = trained.load(found, "adapter")
         measuring = _measuring(model, tokenizer, rows, found.settings)
         with model.disable_adapter():
             yield "base", measuring
@@ -123,9 +117,7 @@ def _measurings(found: Trained, rows: HeldOut) -> Iterator[tuple[str, Evaluation
     elif found.why_not:
         print(f"only the merged weights are measured: {found.why_not}", flush=True)
     if found.merged:
-        folder.verify(found.output, "merged/")
-        model, tokenizer = load.load(found.output / "merged", None, found.settings)
-        yield "merged", _measuring(model, tokenizer, rows, found.settings)
+        yield "merged", _measuring(*trained.load(found, "merged"), rows, found.settings)
 
 
 def _measuring(model: Any, tokenizer: Any, rows: HeldOut, settings: Settings) -> Evaluation:

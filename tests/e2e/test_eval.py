@@ -101,12 +101,15 @@ def test_eval_without_the_data_that_was_trained(
     (home / "rows.jsonl").rename(home / "moved.jsonl")
     try:
         found = evaluate(run, EVAL_DATASET_NAME=other)
+        other.write_text(other.read_text() + json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+        with pytest.raises(SettingsError, match=r"^[^\n]*more.jsonl row 21 .* has no column"):
+            evaluate(run, EVAL_DATASET_NAME=other)
         with pytest.raises(SettingsError, match=r"^DATASET_NAME=.*there is no such file"):
             evaluate(run)
     finally:
         (home / "moved.jsonl").rename(home / "rows.jsonl")
     assert "is not there, so near-duplicates of it are not looked for" in capsys.readouterr().out
-    assert [row["adapter"] for row in found["each"]] == [row["adapter"] for row in whole["each"]]
+    assert found["each"] == whole["each"] and found["tokens_sha256"] == whole["tokens_sha256"]
 
 
 @pytest.mark.parametrize("part", ["adapter", "merged"])

@@ -116,7 +116,7 @@ def encoder(template: str, **values: str) -> tuple[Encoder, Any]:
     made = chats.words(template, chats.eos(template))
     settings = Settings.from_env({"TRAIN_ON": "response", "MAX_SEQ_LENGTH": "100000", **values})
     form = Messages.of(settings, made, datetime.date(2024, 7, 26))
-    return Encoder(form, made, Guard.of(made, True), 100000, True), made
+    return Encoder(form, made, Guard.of(made), 100000, True), made
 
 
 def parts(row: dict[str, Any], tokenizer: Any) -> tuple[str, str]:

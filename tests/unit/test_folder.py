@@ -226,6 +226,7 @@ def input_in(output: Path, *, links: bool) -> list[tuple[str, Path]]:
     found = [
         ("MODEL_NAME", output / "merged"), ("MODEL_NAME", output / "adapter.old"), ("DATASET_NAME", output / "checkpoints" / "rows.jsonl"), ("EVAL_DATASET_NAME", output / "checkpoints" / "rows.jsonl"),
         ("PROMPT_TEMPLATE", output / "samples.md"), ("DATASET_NAME", output / "checkpoints"), ("MODEL_NAME", output),
+        ("DATASET_NAME", Path(f"{beside}/a.jsonl,{output}/checkpoints/rows.jsonl")), ("DATASET_NAME", output / "*" / "r*.jsonl"),
     ]  # fmt: skip
     if links:
         (beside / "first").symlink_to("second")

@@ -284,11 +284,12 @@ def test_numbers_are_trained_as_json_writes_them_and_told(tmp_path: Path) -> Non
     rows = {
         "4": dict(prompt="2+2", completion=4),
         "true": dict(instruction="Is it?", output=True),
+        "two": dict(instruction="1+1", output="two", history=[["2+2", 4]]),
         "0.5": messages(ASKED, turn("assistant", 0.5)),
     }
     for wanted, row in rows.items():
         found = tokens(tmp_path, made, [row])
-        assert trained(found, made) == wanted + END
+        assert trained(found, made).endswith(wanted + END)
         assert any("1 rows hold numbers, true or false" in note for note in found.notes)
     found = tokens(tmp_path, made, [dict(q="2+2", a=4)], **own)
     assert trained(found, made) == f" 4{END}" and any("hold numbers" in note for note in found.notes)

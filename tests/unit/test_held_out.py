@@ -16,6 +16,7 @@ from finetune import data
 from finetune.data import held_out, held_rows, held_tokens, near_duplicates
 from finetune.data.formats.base import Text
 from finetune.errors import SettingsError
+from finetune.run import inputs
 from finetune.settings import Settings
 
 
@@ -232,3 +233,16 @@ def test_what_needs_measurements_says_so(name: str) -> None:
         with pytest.raises(SettingsError, match=f"{name}=1: needs measurements"):
             settings(**{name: 1}, **values)
     settings(**{name: 1}, EVAL_STEPS=2)
+
+
+def test_a_threshold_without_patience_would_have_no_effect() -> None:
+    with pytest.raises(SettingsError, match=r"EARLY_STOPPING_THRESHOLD=0\.1: counts only with EARLY_STOPPING_PATIENCE"):
+        settings(EARLY_STOPPING_THRESHOLD="0.1")
+    settings(EARLY_STOPPING_THRESHOLD="0.1", EARLY_STOPPING_PATIENCE=3, EVAL_STEPS=20)
+
+
+def test_the_hub_is_asked_for_held_out_rows_too(tmp_path: Path) -> None:
+    here = dict(MODEL_NAME=str(tmp_path), DATASET_NAME="samples", DATASET_CONFIG="en")
+    assert not inputs.from_hub(settings(**here)) and not inputs.from_hub(settings(**here, EVAL_DATASET_NAME="a.jsonl"))
+    assert inputs.from_hub(settings(**here, EVAL_DATASET_NAME="owner/rows"))
+    assert not inputs.from_hub(settings(**here, EVAL_DATASET_NAME="owner/rows", EVAL_ROWS=0))

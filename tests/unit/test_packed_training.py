@@ -114,7 +114,7 @@ def test_a_card_with_no_room_to_measure_gives_it_the_embedding_s(
     monkeypatch.setattr(probe, "measure", measure)
     for limit, on_host in ((8.0, False), (1.1, True)):
         places.clear()
-        monkeypatch.setattr(train, "planner_memory", lambda settings, limit=limit: limit * plan.GIB)
+        monkeypatch.setattr(train, "limit", lambda settings, limit=limit: limit * plan.GIB)
         losses(llama, tmp_path / str(limit))
         assert places == [True, on_host] and ("on the host" in capsys.readouterr().out) == on_host
 
@@ -148,7 +148,7 @@ def test_weights_are_dequantized_where_whole_updates_fit_beside_them(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return real(self, *args)
 
-    monkeypatch.setattr(train, "planner_memory", lambda settings: 8.0 * plan.GIB)
+    monkeypatch.setattr(train, "limit", lambda settings: 8.0 * plan.GIB)
     monkeypatch.setattr(compiled.Packed, "dequantize", dequantize)
     assert course("fits", plan.GIB, 1)[0] == [True, False, True]  # measured, and then placed as planned
     assert course("must-recompute", plan.GIB, 1e9)[0] == [True, False, False]

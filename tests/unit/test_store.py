@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,17 @@ def test_spans_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
             assert labels[offsets[index] : offsets[index + 1]].tolist() == wanted["labels"]
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 100)])
+@pytest.mark.parametrize("name", ["rows-*/00000.arrow", "tokens-*/00000.arrow", "tokens-*/lengths.npy"])
+def test_a_store_that_is_no_longer_whole_is_made_anew(tmp_path: Path, words: Path, name: str, damage: Any) -> None:
+    _, first = tokens(made(tmp_path / "rows.jsonl", 5), words)
+    record, rows = first.record(), list(first.dataset)
+    damage(next(store.cache().glob(name)))
+    (store.cache() / "a-file-of-somebody").touch()
+    _, again = tokens(tmp_path / "rows.jsonl", words)
+    assert again.record() == record and list(again.dataset) == rows
+
+
 def test_a_second_start_reads_and_tokenizes_nothing(tmp_path: Path, words: Path, monkeypatch: Any) -> None:
     path, done = made(tmp_path / "rows.jsonl", 50), counted(monkeypatch)
     _, first = tokens(path, words)
@@ -192,6 +205,27 @@ def test_two_at_once_do_no_harm(tmp_path: Path, words: Path) -> None:
     assert [process.returncode for process in both] == [0, 0], said
     assert len({out.splitlines()[-1] for out, _ in said}) == 1
     assert len(list(store.cache().glob("tokens-*/0*.arrow"))) == 6
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_store_of_another_user_is_read(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o755)
+        monkeypatch.setenv("HF_DATASETS_CACHE", name)
+        given = {"DATASET_SPLIT": "train[:20]", "EVAL_ROWS": 20}
+        path, own = made(place / "rows.jsonl", 40), shutil.copytree(words, place / "words")
+        for file in (own, *own.iterdir()):
+            file.chmod(0o755)
+        _, first = tokens(path, own, **given)
+        next(store.cache().glob("tokens-*/near-*")).unlink()
+        os.seteuid(65534)
+        try:
+            _, again = tokens(path, own, **given)
+        finally:
+            os.seteuid(0)
+        assert again.record() == first.record() and again.held_out == first.held_out
+        assert not list(store.cache().glob("tokens-*/near-*"))
 
 
 def test_bad_rows_leave_no_store(tmp_path: Path, words: Path) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune.data import checks
-from finetune.data.formats.base import BadRow, Row, Text
+from finetune.data.formats.base import BadRow, Row, Text, parsed, said_text
 from finetune.data.formats.chat import Chatting
 from finetune.data.formats.filled import Filler
 from finetune.data.formats.messages import PICTURES, beside
 from finetune.data.formats.turns import Conversation, conversation
-from finetune.errors import first_line
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -51,16 +51,16 @@ class Alpaca(Chatting):
     def conversation(cls, row: Row) -> Conversation:
         """History, question and answer as turns."""
         turns: list[dict[str, Any]] = []
+        said: set[str] = set()
         for number, pair in enumerate(_history(row), 1):
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise BadRow(f'history {number} is no pair; it takes [["question", "answer"], …]')
-            turns += [{"role": "user", "content": _text(pair[0], f"question of history {number}")}]
-            turns += [{"role": "assistant", "content": _text(pair[1], f"answer of history {number}")}]
-        question, answer = _question(row), _text(row.get("output"), "column output")
+            turns += [{"role": "user", "content": said_text(pair[0], f"question of history {number}", said)}]
+            turns += [{"role": "assistant", "content": said_text(pair[1], f"answer of history {number}", said)}]
+        question, answer = _question(row, said), said_text(row.get("output"), "column output", said)
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         found = conversation(turns, "history", **beside(row))
-        values = [row.get(column) for column in ("instruction", "input", "output")]
-        return found.saying("as_json") if any(map(checks.is_bare, values)) else found
+        return dataclasses.replace(found, said=found.said | said)
 
     @classmethod
     def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> Alpaca:
@@ -83,46 +83,37 @@ class Classic(Alpaca):
 
     def text(self, row: Row) -> Text:
         """Stanford's text with the row's values; a system prompt stands before it, as axolotl has it."""
-        if said := next((name for name in ("history", "tools", "functions") if not checks.empty(row.get(name))), None):
+        if more := next((name for name in ("history", "tools", "functions") if not checks.empty(row.get(name))), None):
             raise BadRow(
-                f"has {said}, for which Alpaca's text has no place; a chat template has one (PROMPT_TEMPLATE=chat)"
+                f"has {more}, for which Alpaca's text has no place; a chat template has one (PROMPT_TEMPLATE=chat)"
             )
         beside(row)
         parts: list[tuple[str, str | None]] = []
+        said: set[str] = set()
         if not checks.empty(row.get("system")):
-            parts.append(("### System:\n", _text(row["system"], "column system")))
+            parts.append(("### System:\n", said_text(row["system"], "column system", said)))
             opening = "\n\n"
         else:
             opening = WITHOUT if checks.empty(row.get("input")) else WITH_INPUT
-        parts.append((opening + "### Instruction:\n", _text(row.get("instruction"), "column instruction")))
+        parts.append((opening + "### Instruction:\n", said_text(row.get("instruction"), "column instruction", said)))
         if not checks.empty(row.get("input")):
-            parts.append(("\n\n### Input:\n", _text(row["input"], "column input")))
-        parts += [("\n\n### Response:", None), ("\n", _text(row.get("output"), "column output"))]
-        flags = {"as_json"} if any(map(checks.is_bare, row.values())) else set()
-        return self.filler.text(parts, flags)
+            parts.append(("\n\n### Input:\n", said_text(row["input"], "column input", said)))
+        parts += [("\n\n### Response:", None), ("\n", said_text(row.get("output"), "column output", said))]
+        return self.filler.text(parts, said)
 
     def prompt(self, question: str) -> str:
         """The text without an input, up to its answer."""
         return f"{WITHOUT}### Instruction:\n{question}\n\n### Response:"
 
 
-def _question(row: Row) -> str:
+def _question(row: Row, said: set[str]) -> str:
     """Instruction and input, the second on a line of its own; one of them may be empty."""
     asked = [column for column in ("instruction", "input") if not checks.empty(row.get(column))] or ["instruction"]
-    return "\n".join(_text(row.get(column), f"column {column}") for column in asked)
+    return "\n".join(said_text(row.get(column), f"column {column}", said) for column in asked)
 
 
 def _history(row: Row) -> list[Any]:
-    try:
-        found = checks.parsed(row.get("history"))
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"history is not JSON ({first_line(error)})") from None
+    found = parsed(row.get("history"), "history is")
     if checks.empty(found):
         return []
     return found if isinstance(found, list) else [found]
-
-
-def _text(value: Any, where: str) -> str:
-    if wrong := checks.bad_text(value):
-        raise BadRow(f"{where} {wrong}")
-    return checks.text(value)

@@ -7,6 +7,8 @@ import datetime
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from finetune.data import checks
+from finetune.errors import first_line
 from finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -116,7 +118,24 @@ def any_of(texts: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
 
-def short(text: str) -> str:
+def parsed(value: Any, what: str) -> Any:
+    """As `checks.parsed`. what: the value in words, with is or are. Raises BadRow."""
+    try:
+        return checks.parsed(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{what} not JSON ({first_line(error)})") from None
+
+
+def said_text(value: Any, where: str, said: set[str]) -> str:
+    """The text that is trained for a value. said: gets the flag of one that is no text. Raises BadRow."""
+    if wrong := checks.bad_text(value):
+        raise BadRow(f"{where} {wrong}")
+    if checks.is_bare(value):
+        said.add("as_json")
+    return checks.text(value)
+
+
+def short(text: str, most: int = 60) -> str:
     """The beginning of a text, on one line."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= 60 else flat[:60] + " …"
+    return flat if len(flat) <= most else flat[:most] + " …"

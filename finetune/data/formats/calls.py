@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from finetune.data import checks
-from finetune.data.formats.base import BadRow
+from finetune.data.formats.base import BadRow, parsed
 from finetune.errors import first_line
 
 Turn = dict[str, Any]
@@ -21,11 +21,7 @@ def called(fields: Turn, number: int) -> list[Any]:
 
 def written(content: Any, number: int) -> list[Any]:
     """The calls that ShareGPT writes as JSON in the text of a message."""
-    try:
-        value = checks.parsed(content)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"message {number} calls a tool, but its text is not JSON ({first_line(error)})") from None
-    return listed(value, f"message {number}")
+    return listed(parsed(content, f"message {number} calls a tool, but its text is"), f"message {number}")
 
 
 def listed(value: Any, where: str) -> list[Any]:
@@ -43,10 +39,7 @@ def call(call: Any, number: int, said: set[str]) -> Turn:
     name, arguments = inner.get("name"), inner.get("arguments", inner.get("parameters"))
     if not isinstance(name, str) or not name.strip():
         raise BadRow(f"message {number} calls a tool without a name")
-    try:
-        given = checks.parsed(arguments)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"message {number}: arguments of {name} are not JSON ({first_line(error)})") from None
+    given = parsed(arguments, f"message {number}: arguments of {name} are")
     if checks.empty(given):
         given = {}
     if not isinstance(given, dict):

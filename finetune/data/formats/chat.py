@@ -89,8 +89,10 @@ class Chat:
         if not taken:
             raise BadRow("has no assistant's message that is trained")
         find = Answers(self.dialect, self.special, self.asks, self.ends, turns, said.tools, options, layout)
-        spans = {number: find.span(number) for number in {*taken, *_assistants(turns, said.muted)}}
-        others = [span for n, span in _own(layout, said.muted - set(spans))]
+        spans = {
+            number: find.span(number) for number in {*taken, *(n for n in said.muted if turns[n]["role"] == ASSISTANT)}
+        }
+        others = [span for piece, span in layout.found() if piece.turn in said.muted and piece.turn not in spans]
         if wrong := checks.bad_characters(layout.text):
             raise BadRow(f"its text {wrong}")
         kept = layout.text.rstrip()
@@ -246,14 +248,6 @@ class Chatting:
     def prompt(self, question: str) -> str:
         """The question in the chat format."""
         return self.chat.prompt(question)
-
-
-def _own(layout: Layout, numbers: frozenset[int] | set[int]) -> list[tuple[int, Span]]:
-    return [(piece.turn, span) for piece, span in layout.found() if piece.turn in numbers]
-
-
-def _assistants(turns: list[Turn], numbers: frozenset[int]) -> set[int]:
-    return {number for number in numbers if turns[number]["role"] == ASSISTANT}
 
 
 def _without_thoughts(turns: list[Turn], flags: set[str]) -> list[Turn]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.data import checks
 from finetune.data.formats import calls
-from finetune.data.formats.base import BadRow, short
+from finetune.data.formats.base import BadRow, parsed, said_text, short
 from finetune.errors import first_line
 
 Turn = dict[str, Any]
@@ -46,10 +46,6 @@ class Conversation:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     said: frozenset[str] = frozenset()
 
-    def saying(self, flag: str) -> Conversation:
-        """The same, with one more of FLAGS."""
-        return dataclasses.replace(self, said=self.said | {flag})
-
 
 def conversation(
     messages: Any,
@@ -83,10 +79,7 @@ def conversation(
 
 def listed(value: Any, column: str) -> list[Any]:
     """A column's list of messages, which CSV holds as JSON in a text. Raises BadRow."""
-    try:
-        value = checks.parsed(value)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{column} is not JSON ({first_line(error)})") from None
+    value = parsed(value, f"{column} is")
     if not isinstance(value, list) or not value:
         raise BadRow(f"has no list of {column}")
     return value
@@ -133,7 +126,7 @@ def _turn(message: Turn, number: int, whole: str, said: set[str]) -> Turn:
 def _thought(fields: Turn, number: int, said: set[str]) -> Turn:
     """The reasoning in a message's fields, which are taken out."""
     found = {key: fields.pop(key) for key in THOUGHTS if key in fields}
-    thoughts = {_text(value, f"{key} of message {number}", said) for key, value in found.items() if value != ""}
+    thoughts = {said_text(value, f"{key} of message {number}", said) for key, value in found.items() if value != ""}
     if len(thoughts) > 1:
         raise BadRow(f"message {number} has {' and '.join(found)}, which differ; it takes one of them")
     return {"reasoning_content": thoughts.pop()} if thoughts else {}
@@ -150,15 +143,7 @@ def _content(turn: Turn, content: Any, number: int, said: set[str]) -> Turn:
             return {} if "tool_calls" in turn else {"content": ""}
         if role in (TOOL, "system", "developer") and content is not None:
             return {"content": content}
-    return {"content": _text(content, where, said)}
-
-
-def _text(value: Any, where: str, said: set[str]) -> str:
-    if wrong := checks.bad_text(value):
-        raise BadRow(f"{where} {wrong}")
-    if checks.is_bare(value):
-        said.add("as_json")
-    return checks.text(value)
+    return {"content": said_text(content, where, said)}
 
 
 def _joined(parts: list[Any], number: int) -> tuple[str, str]:
@@ -193,7 +178,7 @@ def _options(options: Any) -> dict[str, Any]:
 
 def _with_system(turns: list[Turn], system: Any, said: set[str]) -> list[Turn]:
     """The turns after a column's system prompt. Raises BadRow where they have another one."""
-    text = _text(system, "column system", said)
+    text = said_text(system, "column system", said)
     if turns[0]["role"] in ("system", "developer"):
         if turns[0].get("content") in (text, ""):
             return [{**turns[0], "content": text}, *turns[1:]]
