@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -134,7 +135,7 @@ def _of_hub(settings: Settings) -> Origin:
     )
 
 
-def _streamed(settings: Settings) -> Source:
+def _streamed(settings: Settings) -> Origin:
     """As `_of_hub`, and known as the same rows, but none of its files is on the disk."""
     name, split, wanted = settings.dataset_name, locate.split_of(settings), formats.wanted(settings)
     found = sources.hub().stream(settings, split)
@@ -149,7 +150,7 @@ def _streamed(settings: Settings) -> Source:
     def read(_: int, after: int) -> Iterator[Read]:
         return (Read(number, 0, row) for number, row in enumerate(found.rows(after, wanted), after + 1))
 
-    return Source(
+    return Origin(
         commit=found.commit,
         names=[f"{name} {split}"],
         content=[name, found.commit, settings.dataset_config, split],

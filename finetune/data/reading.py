@@ -245,7 +245,7 @@ def _arrow(file: File, wanted: set[str], after: int) -> Iterator[Read]:
 
 
 def _xlsx(file: File, _: set[str], after: int) -> Iterator[Read]:
-    for index, (line, row) in _from(after, sheets.rows(file, named_once)):
+    for index, (line, row) in _from(after, sheets.rows(file)):
         yield Read(index, line, Unread(row) if isinstance(row, str) else row)
 
 

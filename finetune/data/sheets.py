@@ -7,14 +7,14 @@ import dataclasses
 import datetime
 import itertools
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+from finetune.data import tables
 from finetune.data.opened import File
 from finetune.errors import SettingsError, first_line
 
 KIND = ".xlsx"
-Named = Callable[[File, Sequence[str]], None]
 Cells = tuple[Any, ...]
 
 
@@ -34,10 +34,10 @@ def chosen(file: File) -> File:
         return dataclasses.replace(file, sheet=(full or [*sheets])[0])
 
 
-def rows(file: File, check: Named) -> Iterator[tuple[int, dict[str, str] | str]]:
+def rows(file: File) -> Iterator[tuple[int, dict[str, str] | str]]:
     """The rows with their lines in the sheet; a text instead of a row says why it is bad. Lines without a value are left out.
 
-    check: refuses names of columns. Raises SettingsError where the file is damaged.
+    Raises SettingsError where the file is damaged.
     """
     # values are those that the spreadsheet computed; where it did not, only the formula tells that there is something
     with _sheets(file, formulas=False) as values, _sheets(file, formulas=True) as formulas:
@@ -58,7 +58,7 @@ def rows(file: File, check: Named) -> Iterator[tuple[int, dict[str, str] | str]]
             if not texts:
                 continue
             if not names:
-                check(file, names := texts)
+                tables.named_once(file, names := texts)
             elif len(texts) > len(names):
                 yield line, "has more cells than the first line has names"
             else:
