@@ -264,7 +264,11 @@ def test_what_compose_asks_for_is_enough(image: Image, models: Path, open_folder
     assert set(service) == {"image", "env_file", "deploy"}
     tiny = options(models, open_folder, HF_HUB_OFFLINE="1", MAX_STEPS="1")[4:]
     log = clean(image.run(options=(*words, "-v", f"{models}:/models:ro", *tiny), timeout=280))
-    assert "step 1/1" in log and "the token is not checked" in log
+    assert "step 1/1" in log and "hf_token_of_a_test" not in log
+    both = image.run(
+        "check", options=(*words, "-e", "HF_TOKEN=hf_another")
+    )  # so the file was read: a second one is refused
+    assert both.returncode == 2 and "HF_TOKEN and HF_TOKEN_FILE are both set" in both.stderr, both.stderr
     assert (open_folder / "merged").is_dir() and any((tmp_path / "cache").iterdir())
 
 
