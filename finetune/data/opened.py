@@ -26,6 +26,7 @@ MARKS = {
     b"\x00\x00\xfe\xff": "UTF-32",
 }  # the bytes that such a text begins with
 SAMPLE = 2**16  # bytes from which an encoding is guessed
+KOREAN = 8  # letters at the least: of Chinese ones in GB18030, six of ten are Korean letters too
 # Encodings in the order in which they are tried: the first and the last of the letters that their texts are made of, and how many
 # of the letters beyond ASCII have to be such. Korean's letters are a part of GB18030's, but Chinese texts hardly keep to that part.
 ENCODINGS = {
@@ -178,7 +179,7 @@ def encoding(sample: bytes) -> str:
             text = sample[: error.start].decode(name)
         foreign = [char for char in text if char > "\x7f" and char.isalpha()]
         fits = [char for char in foreign if first <= char <= last and _common(char, name)]
-        enough = name != "Windows-1251" or _words(text)
+        enough = _words(text) if name == "Windows-1251" else name != "EUC-KR" or len(foreign) >= KOREAN
         if foreign and len(fits) >= share * len(foreign) and enough:
             return name
     return "Windows-1252" if any(byte > 0xBF for byte in sample) and b"\x00" not in sample else ""

@@ -176,7 +176,7 @@ def test_plain_text_is_a_row_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("encoding", "told", "text"),
     [
-        ("gb18030", "GB18030", "发热三天,应当如何处理?"), ("big5", "Big5", "發燒三天應該怎麼辦呢"), ("shift_jis", "Shift_JIS", "これは何ですか"),
+        ("gb18030", "GB18030", "发热三天,应当如何处理?"), ("gb18030", "GB18030", "发,热"), ("big5", "Big5", "發燒三天應該怎麼辦呢"), ("shift_jis", "Shift_JIS", "これは何ですか"),
         ("euc_kr", "EUC-KR", "이것은 무엇입니까"), ("cp1252", "Windows-1252", "déjà vu, Größe"), ("cp1251", "Windows-1251", "что это такое"),
     ],
 )  # fmt: skip
