@@ -19,6 +19,7 @@ import re
 import signal
 import socket
 import struct
+import sys
 import threading
 import traceback
 from collections import Counter
@@ -277,7 +278,7 @@ class _Server(ThreadingHTTPServer):
     quiet = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not self.quiet:
+        if not self.quiet and not isinstance(sys.exception(), ConnectionError):  # a client hangs up after a fault
             super().handle_error(request, client_address)
 
 
