@@ -185,11 +185,11 @@ def test_a_download_that_is_refused(hub: HubServer, answer: Answer, tmp_path: Pa
     assert ("try again" in said) == (status in (500, 503)), said
 
 
-@pytest.mark.parametrize("request_", DOWNLOAD)
-@pytest.mark.parametrize("what", DISTURBED)
+@pytest.mark.parametrize(
+    ("what", "request_"),
+    [(what, each) for each in DOWNLOAD for what in DISTURBED if each != HEAD or "body" not in DISTURBED[what]],
+)
 def test_a_download_that_is_disturbed(hub: HubServer, answer: Answer, tmp_path: Path, request_: str, what: str) -> None:
-    if request_ == HEAD and "body" in DISTURBED[what]:
-        pytest.skip("a HEAD has no body")
     hub.fault(request_, times=40, **DISTURBED[what])
     code, said = fetch(answer, tmp_path)
     no_files = what == "empty object" and request_ == TREE  # then there are no weights in it

@@ -133,7 +133,6 @@ def test_a_bug_is_told_as_one_and_no_secret_is_in_its_traceback(
 
 
 def test_wandb_without_a_network(llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
     code, said = call(
         **{**QUICK, "MODEL_NAME": llama, "OUTPUT_DIR": tmp_path / "out", "MAX_STEPS": 1, "REPORT_TO": "wandb"},
         WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9", NO_PROXY="*",
