@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from finetune.data.formats.base import BadRow, Span, Text, any_of, special_texts
+from finetune.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,3 +73,20 @@ class Filler:
         html = bool(self.bos) and self.bos in value
         ended = bool(self.eos) and value.rstrip().endswith(self.eos)
         return value.rstrip().removesuffix(self.eos) if ended and not html else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """What the formats share that need nothing but a filler: they write no date."""
+
+    filler: Filler
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> Self:
+        """The format for a tokenizer."""
+        return cls(Filler.of(tokenizer))
+
+    @property
+    def writes_day(self) -> bool:
+        """Never."""
+        return False

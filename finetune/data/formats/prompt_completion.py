@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from finetune.data import checks
 from finetune.data.formats.base import Row, Text
 from finetune.data.formats.chat import Chatting
-from finetune.data.formats.filled import Filler
+from finetune.data.formats.filled import Filled
 from finetune.data.formats.messages import BESIDE, PICTURES, beside
 from finetune.data.formats.turns import Conversation, conversation
 from finetune.settings import Settings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 COLUMNS = ("prompt", "completion")
 
 
-class PromptCompletionChat(Chatting):
+class Pair:
+    """The columns of both forms."""
+
+    @classmethod
+    def needs(cls, settings: Settings) -> tuple[str, ...]:
+        """The two columns."""
+        return COLUMNS
+
+    @classmethod
+    def reads(cls, settings: Settings) -> tuple[str, ...]:
+        """Also what may stand beside messages, but not beside text."""
+        return (*COLUMNS, *BESIDE, *PICTURES)
+
+
+class PromptCompletionChat(Pair, Chatting):
     """The format of a prompt and a completion that are messages. Those of the prompt are no answers."""
 
     NAME: ClassVar[str] = "prompt_completion_chat"
@@ -32,43 +41,21 @@ class PromptCompletionChat(Chatting):
         return all(column in row for column in COLUMNS) and any(isinstance(row[column], list) for column in COLUMNS)
 
     @classmethod
-    def needs(cls, settings: Settings) -> tuple[str, ...]:
-        """The two columns."""
-        return COLUMNS
-
-    @classmethod
-    def reads(cls, settings: Settings) -> tuple[str, ...]:
-        """What may stand beside messages, too."""
-        return (*COLUMNS, *BESIDE, *PICTURES)
-
-    @classmethod
     def conversation(cls, row: Row) -> Conversation:
         """All messages."""
         return conversation(row.get("completion"), "completion", asked=row.get("prompt") or [], **beside(row))
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptCompletion:
+class PromptCompletion(Pair, Filled):
     """The format of a prompt and a completion that are texts."""
 
     NAME: ClassVar[str] = "prompt_completion"
     TOLD: ClassVar[str] = "prompt and completion"
-    filler: Filler
 
     @classmethod
     def recognises(cls, row: Row, settings: Settings) -> bool:
         """By the names of the columns."""
         return all(column in row for column in COLUMNS)
-
-    @classmethod
-    def needs(cls, settings: Settings) -> tuple[str, ...]:
-        """The two columns."""
-        return COLUMNS
-
-    @classmethod
-    def reads(cls, settings: Settings) -> tuple[str, ...]:
-        """What may stand beside messages, but not beside text."""
-        return (*COLUMNS, *BESIDE, *PICTURES)
 
     @classmethod
     def problem(cls, row: Row, settings: Settings) -> str | None:
@@ -86,16 +73,6 @@ class PromptCompletion:
     @classmethod
     def check(cls, settings: Settings) -> None:
         """There is nothing to check."""
-
-    @classmethod
-    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> PromptCompletion:
-        """The format for a tokenizer."""
-        return cls(Filler.of(tokenizer))
-
-    @property
-    def writes_day(self) -> bool:
-        """Never."""
-        return False
 
     def text(self, row: Row) -> Text:
         """Two texts one after the other, with nothing between."""

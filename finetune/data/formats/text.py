@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import re
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from finetune.data import checks
 from finetune.data.formats.base import BadRow, Row, Text
-from finetune.data.formats.filled import Filler
+from finetune.data.formats.filled import Filled
 from finetune.errors import SettingsError
 from finetune.settings import Settings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-@dataclasses.dataclass(frozen=True)
-class PlainText:
+class PlainText(Filled):
     """The format of plain text."""
 
     NAME: ClassVar[str] = "text"
     TOLD: ClassVar[str] = "text"
-    filler: Filler
 
     @classmethod
     def recognises(cls, row: Row, settings: Settings) -> bool:
@@ -54,16 +47,6 @@ class PlainText:
                 f"TRAIN_ON={settings.train_on}: rows of plain text have no answer to train on; use TRAIN_ON=all, or rows of "
                 "another form (prompt and completion, messages)"
             )
-
-    @classmethod
-    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, day: datetime.date) -> PlainText:
-        """The format for a tokenizer."""
-        return cls(Filler.of(tokenizer))
-
-    @property
-    def writes_day(self) -> bool:
-        """Never."""
-        return False
 
     def text(self, row: Row) -> Text:
         """The text. Special tokens in it are ordinary text, unless it is written as a chat template writes it, as trl reads it."""
