@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+
+import fetched
 
 VERSION = "3.7.2"
 SHA512 = {
@@ -25,11 +26,7 @@ SHA512 = {
 
 def folder(name: str) -> Path | None:
     """The folder with tokenizer.json and, but for Llama 2, tokenizer_config.json. None: there is no npm here."""
-    cache = (
-        os.environ.get("FINETUNE_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finetune"
-    )
-    place = Path(cache).absolute() / f"tokenizer-{name}-{VERSION}"
+    place = fetched.cache() / f"tokenizer-{name}-{VERSION}"
     if place.is_dir():
         return place
     if shutil.which("npm") is None:

